@@ -1,0 +1,147 @@
+"""The ``--ares-*`` flags: one frozen dataclass, read once and handed down."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
+from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
+
+
+class AresArgsError(ValueError):
+    """A flag, or a combination of flags, that cannot work; the text names the remedy."""
+
+
+def _flag(default: Any, help_text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **extra})
+
+
+@dataclass(frozen=True)
+class AresArgs:
+    """Configuration of the cluster. Each field is a flag, ``--ares-`` and its name."""
+
+    prefill_workers: int = _flag(1, "Number of prefill workers.")
+    decode_workers: int = _flag(2, "Number of decode workers.")
+    placement: str = _flag(
+        "least_tokens", "How a new request is placed.", choices=PLACEMENT.names()
+    )
+    rescheduling: str = _flag(
+        "reactive",
+        "How running requests are moved between decode workers.",
+        choices=RESCHEDULING.names(),
+    )
+    reschedule_interval: float = _flag(
+        1.0, "Seconds between two rescheduling rounds.", metavar="S"
+    )
+    report_interval: float = _flag(
+        0.2, "Seconds between two load reports of a worker.", metavar="S"
+    )
+    reschedule_threshold: float = _flag(
+        0.1,
+        "A decode worker is overloaded when its resident tokens exceed the mean by this share.",
+    )
+    max_moves: int = _flag(2, "Most moves that one rescheduling round may start.")
+    move_cooldown: float = _flag(
+        2.0, "Seconds a request stays on a worker before it may be moved again.", metavar="S"
+    )
+    min_gap_tokens: int = _flag(
+        128, "No move while the resident tokens of two workers differ by less than this."
+    )
+    max_migrations_per_worker: int = _flag(
+        8, "Most migrations that run at once into one worker; more are refused."
+    )
+    migration_timeout: float = _flag(
+        10.0,
+        "Seconds a migration may take in one state before it is given up "
+        "(the request then stays where it is).",
+        metavar="S",
+    )
+    worker_start_timeout: float = _flag(
+        600.0, "Seconds a worker may take to load its model.", metavar="S"
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("prefill_workers", 1),
+            ("decode_workers", 1),
+            ("max_moves", 0),
+            ("max_migrations_per_worker", 1),
+            ("min_gap_tokens", 0),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise AresArgsError(
+                    f"{flag_name(name)} is {value}; it must be at least {least}."
+                    + (
+                        " A cluster needs at least one worker of each role."
+                        if name.endswith("_workers")
+                        else ""
+                    )
+                )
+        for name in (
+            "reschedule_interval",
+            "report_interval",
+            "migration_timeout",
+            "worker_start_timeout",
+        ):
+            value = getattr(self, name)
+            if not value > 0:
+                raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
+        for name in ("reschedule_threshold", "move_cooldown"):
+            value = getattr(self, name)
+            if value < 0:
+                raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
+        for name, registry in (("placement", PLACEMENT), ("rescheduling", RESCHEDULING)):
+            value = getattr(self, name)
+            if value not in registry.names():
+                raise AresArgsError(
+                    f"{flag_name(name)} is {value!r}; choose one of: {', '.join(registry.names())}."
+                )
+
+    @property
+    def total_workers(self) -> int:
+        """Prefill and decode workers together."""
+        return self.prefill_workers + self.decode_workers
+
+    @classmethod
+    def add_cli_args(cls, parser: argparse.ArgumentParser) -> None:
+        """Add every flag to ``parser``, as a group of its own."""
+        group = parser.add_argument_group(
+            "ARES", "The cluster of prefill and decode workers, and the moves between them."
+        )
+        for f in dataclasses.fields(cls):
+            options = dict(f.metadata)
+            help_text = options.pop("help")
+            group.add_argument(
+                flag_name(f.name),
+                dest=f"ares_{f.name}",
+                type=type(f.default),
+                default=f.default,
+                help=f"{help_text} Default: {f.default}.",
+                **options,
+            )
+
+    @classmethod
+    def from_namespace(cls, namespace: argparse.Namespace) -> AresArgs:
+        """The flags of a parsed command line."""
+        return cls(**{f.name: getattr(namespace, f"ares_{f.name}") for f in dataclasses.fields(cls)})
+
+    @classmethod
+    def pop_from_kwargs(cls, kwargs: dict[str, Any]) -> AresArgs:
+        """Take the ``ares_*`` keyword arguments out of ``kwargs``; unknown ones are an error."""
+        given = {k: kwargs.pop(k) for k in list(kwargs) if k.startswith("ares_")}
+        known = {f"ares_{f.name}": f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise AresArgsError(
+                f"unknown keyword argument {unknown[0]!r}; known are: {', '.join(sorted(known))}."
+            )
+        return cls(**{known[k]: v for k, v in given.items()})
+
+
+def flag_name(field_name: str) -> str:
+    """``decode_workers`` → ``--ares-decode-workers``."""
+    return "--ares-" + field_name.replace("_", "-")

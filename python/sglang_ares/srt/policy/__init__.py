@@ -1,0 +1,1 @@
+"""Pure policies: frozen snapshots in, decisions out. No sockets, no clocks, no torch."""
