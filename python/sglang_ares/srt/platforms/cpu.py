@@ -1,0 +1,153 @@
+"""An SGLang platform for machines without an accelerator: plain PyTorch, KV in host memory.
+
+Upstream finds it through the entry point group ``sglang.srt.platforms``; :func:`activate`
+declines wherever an accelerator is present. Upstream's own CPU mode
+(``SGLANG_USE_CPU_ENGINE=1``) needs kernels built from source and takes precedence when set.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CPU_MAX_TOTAL_TOKENS = 65_536
+
+# Raw server argument -> what a CPU worker needs, where the operator said nothing.
+CPU_DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "disable_cuda_graph": True,
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
+    "disable_overlap_schedule": True,
+    "sleep_on_idle": True,
+    "disaggregation_transfer_backend": "nixl",
+    "disaggregation_decode_retraction_backup": "cpu_tensor",
+}
+
+
+def activate() -> str | None:
+    """Entry point: the platform class's path, or None where an accelerator is present."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or accelerator_present():
+        return None
+    return f"{__name__}.AresCpuPlatform"
+
+
+def accelerator_present() -> bool:
+    """Whether torch sees a CUDA, ROCm, XPU, NPU, MUSA, HPU or MPS device."""
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return True
+    return any(
+        getattr(torch, name, None) is not None and getattr(torch, name).is_available()
+        for name in ("xpu", "npu", "musa", "hpu")
+    )
+
+
+def apply_cpu_defaults(server_args: Any) -> None:
+    """Fill in, on raw upstream ``ServerArgs``, what a CPU worker needs and nobody chose.
+
+    Only fields that still hold upstream's default are touched, so every flag of the operator
+    keeps its meaning. Must run before ``resolve_once``.
+    """
+    from sglang.srt.arg_groups.arg_utils import record_fields
+
+    defaults = {f.name: f.default for f in record_fields(type(server_args))}
+    for name, value in CPU_DEFAULTS.items():
+        if getattr(server_args, name) == defaults[name]:
+            setattr(server_args, name, value)
+
+
+class _HostEvent:
+    """What upstream asks of a CUDA event, for a device that runs everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _run_in_order() -> None:
+    """Upstream's prefill loop records CUDA events by name; on a CPU nothing is asynchronous."""
+    torch.cuda.Event = _HostEvent  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment]
+
+
+def _register_kv_as_dram() -> None:
+    """Upstream registers the KV pool with NIXL as device memory; here it is host memory."""
+    if importlib.util.find_spec("nixl") is None:
+        return
+    from nixl._api import nixl_agent
+
+    def as_dram(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, descs: Any, mem_type: str | None = None, *rest: Any, **kw: Any) -> Any:
+            kw.pop("mem_kind", None)
+            return method(self, descs, "DRAM" if mem_type == "VRAM" else mem_type, *rest, **kw)
+
+        call.__ares_dram__ = True  # type: ignore[attr-defined]
+        return call
+
+    for name in ("register_memory", "get_xfer_descs", "get_reg_descs"):
+        method = getattr(nixl_agent, name)
+        if not getattr(method, "__ares_dram__", False):
+            setattr(nixl_agent, name, as_dram(method))
+
+
+def _platform_class() -> type:
+    from sglang.srt.platforms.cpu import CpuDeviceMixin
+    from sglang.srt.platforms.device_mixin import PlatformEnum
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    class AresCpuPlatform(CpuDeviceMixin, SRTPlatform):
+        """Plain CPU: torch_native attention, no graphs, gloo collectives."""
+
+        _enum: ClassVar[Any] = PlatformEnum.OOT
+
+        def __init__(self) -> None:
+            _run_in_order()
+            _register_kv_as_dram()
+
+        def get_default_attention_backend(self) -> str:
+            return "torch_native"
+
+        def is_pin_memory_available(self, device: Any = None) -> bool:
+            return False
+
+        def get_mha_kv_pool_cls(self) -> type:
+            from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+            return MHATokenToKVPool  # type: ignore[no-any-return]
+
+        def get_paged_allocator_cls(self) -> type:
+            from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+
+            return PagedTokenToKVPoolAllocator  # type: ignore[no-any-return]
+
+    AresCpuPlatform.__module__ = __name__
+    AresCpuPlatform.__qualname__ = "AresCpuPlatform"
+    return AresCpuPlatform
+
+
+def __getattr__(name: str) -> Any:
+    """Build the platform class on first use: upstream imports this module while its own
+    platform package is still loading."""
+    if name == "AresCpuPlatform":
+        cls = _platform_class()
+        setattr(sys.modules[__name__], name, cls)
+        return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
