@@ -1,0 +1,127 @@
+"""The worker's two ends of KV transfer, on upstream's own KV managers.
+
+A decode worker already has a receiving manager (upstream's, towards the prefill workers). This
+adds a sending manager over the same registered pool, and the page arithmetic both ends share.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.utils import (
+    DisaggregationMode,
+    KVClassType,
+    get_kv_class,
+    poll_and_all_reduce,
+)
+from sglang.srt.mem_cache.common import kv_to_page_indices
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.managers.scheduler import Scheduler
+
+
+class KvLink:
+    """Opens senders and receivers, and polls them alike on all tensor-parallel ranks."""
+
+    def __init__(self, scheduler: Scheduler, bootstrap_host: str, bootstrap_port: int) -> None:
+        queue = scheduler.disagg_decode_prealloc_queue
+        self._scheduler = scheduler
+        self._backend = scheduler.transfer_backend
+        self._bootstrap_address = f"{bootstrap_host}:{bootstrap_port}"
+        self._receive_manager = queue.kv_manager
+        self._tp_rank = queue.tp_rank
+        self._group = queue.gloo_group
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        args = copy.copy(queue.kv_manager.kv_args)
+        args.engine_rank = queue.tp_rank
+        args.prefill_start_layer = pool.start_layer
+        args.prefill_end_layer = getattr(pool, "end_layer", None)
+        args.rust_http_port = None
+        if not queue.is_mla_backend:
+            args.kv_head_num = pool.head_num
+            args.total_kv_head_num = scheduler.model_config.get_total_num_kv_heads()
+        self._send_manager = get_kv_class(self._backend, KVClassType.MANAGER)(
+            args, DisaggregationMode.PREFILL, scheduler.server_args, queue.is_mla_backend
+        )
+        self._sender_class = get_kv_class(self._backend, KVClassType.SENDER)
+        self._receiver_class = get_kv_class(self._backend, KVClassType.RECEIVER)
+        self.page_size: int = scheduler.token_to_kv_pool_allocator.page_size
+
+    def connect(self, bootstrap_host: str, bootstrap_port: int) -> bool:
+        """Learn a peer's layout now, so that the first migration need not."""
+        known: bool = self._receive_manager.try_ensure_parallel_info(
+            f"{bootstrap_host}:{bootstrap_port}"
+        )
+        return known
+
+    def open_sender(self, room: int) -> Any:
+        """An upstream KV sender for transfer ``room``."""
+        return self._sender_class(
+            mgr=self._send_manager,
+            bootstrap_addr=self._bootstrap_address,
+            bootstrap_room=room,
+            dest_tp_ranks=[self._tp_rank],
+            pp_rank=0,
+        )
+
+    def open_receiver(self, bootstrap_host: str, bootstrap_port: int, room: int) -> Any:
+        """An upstream KV receiver for transfer ``room`` from the named peer, handshake begun."""
+        receiver = self._receiver_class(
+            mgr=self._receive_manager,
+            bootstrap_addr=f"{bootstrap_host}:{bootstrap_port}",
+            bootstrap_room=room,
+        )
+        receiver.init(0)
+        return receiver
+
+    def poll(self, pollers: list[Any]) -> list[int]:
+        """The states (:class:`KVPoll`) of senders and receivers, the least over all ranks."""
+        if not pollers:
+            return []
+        states: list[int] = poll_and_all_reduce(pollers, self._group)
+        return states
+
+    def copied(self, room: int) -> CopyProgress:
+        """A poller that succeeds when every chunk sent so far has arrived."""
+        return CopyProgress(self._send_manager, room)
+
+    def pages(self, req: Req, start: int, end: int) -> npt.NDArray[np.int32]:
+        """Page indices of the request's tokens [start, end); ``start`` is page-aligned."""
+        slots = self._scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start:end]
+        return np.asarray(kv_to_page_indices(slots, self.page_size)).astype(np.int32)
+
+    def page_count(self, tokens: int) -> int:
+        """Pages that ``tokens`` tokens need."""
+        return -(-tokens // self.page_size)
+
+    def bytes_of(self, sender: Any) -> int:
+        """Bytes of KV handed to ``sender`` so far, this rank's share."""
+        return int(sender.get_transfer_metric().transfer_total_bytes or 0)
+
+
+class CopyProgress:
+    """Whether the chunks of one room are through; pollable like a sender.
+
+    Upstream's managers count the chunks they have taken up and not finished. A backend without
+    that count reports success at once; the hand-over then waits for the copy instead.
+    """
+
+    def __init__(self, manager: Any, room: int) -> None:
+        self._outstanding = getattr(manager, "_staging_outstanding", None)
+        self._room = room
+
+    def poll(self) -> int:
+        """Success when at least one chunk was taken up and none is under way."""
+        if self._outstanding is None:
+            return int(KVPoll.Success)
+        through = self._room in self._outstanding and self._outstanding[self._room] <= 0
+        return int(KVPoll.Success if through else KVPoll.Transferring)
+
+    def drained(self) -> bool:
+        """After an abort: no chunk of the room is being written any more."""
+        return self._outstanding is None or self._outstanding.get(self._room, 0) <= 0

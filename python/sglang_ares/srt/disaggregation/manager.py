@@ -1,0 +1,319 @@
+"""All migrations of one worker, in both directions: routing of messages, polling, reports."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang_ares.srt.disaggregation.migration import (
+    REFUSED,
+    MigrationLimits,
+    TargetState,
+)
+from sglang_ares.srt.disaggregation.source import SourceHost, SourceMigration
+from sglang_ares.srt.disaggregation.target import TargetHost, TargetMigration
+from sglang_ares.srt.managers.io_struct import (
+    Accept,
+    Cancel,
+    Cancelled,
+    Commit,
+    Committed,
+    ForwardAbort,
+    Message,
+    MigrationResult,
+    Offer,
+    Peer,
+    Refuse,
+    StartMigration,
+    TransferFailed,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req
+
+logger = logging.getLogger(__name__)
+
+# Committed migrations remembered, to answer a source that asks again.
+_REMEMBERED = 4096
+
+
+class MigrationHost(SourceHost, TargetHost, Protocol):
+    """Both sides' demands on the scheduler, and the ones of the manager itself."""
+
+    def find_running(self, rid: str) -> tuple[Req, TokenizedGenerateReqInput] | None:
+        """A request that decodes here, and what the front sent for it."""
+        ...
+
+    def immovable(self, req: Req, recv_req: TokenizedGenerateReqInput) -> str | None:
+        """Why the request cannot move, if it cannot."""
+        ...
+
+    def abort_here(self, rid: str) -> None:
+        """End a request that is owned here, as the client asked."""
+        ...
+
+    def report(self, message: Message) -> None:
+        """Tell the controller."""
+        ...
+
+
+class MigrationManager:
+    """Owns every :class:`SourceMigration` and :class:`TargetMigration` of a worker."""
+
+    def __init__(self, host: MigrationHost, limits: MigrationLimits) -> None:
+        self._host = host
+        self._limits = limits
+        self._peers: dict[int, Peer] = {}
+        self.outbound: dict[int, SourceMigration] = {}
+        self.inbound: dict[int, TargetMigration] = {}
+        self._building: dict[str, TargetMigration] = {}
+        self._committed: OrderedDict[int, str] = OrderedDict()
+
+    # --- what the scheduler asks ------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether any memory or buffer is held for a migration."""
+        return bool(self.outbound or self.inbound)
+
+    @property
+    def inbound_count(self) -> int:
+        """Requests on their way in."""
+        return len(self.inbound)
+
+    def is_moving(self, rid: str) -> bool:
+        """Whether the request is on its way out."""
+        return any(m.record.rid == rid and not m.record.final for m in self.outbound.values())
+
+    def stopped_requests(self) -> list[Req]:
+        """Requests that are in no queue of the scheduler because they are being handed over."""
+        return [m.req for m in self.outbound.values() if m.holds_request]
+
+    def connect(self, peers: list[Peer]) -> None:
+        """The cluster's workers."""
+        self._peers = {p.worker_id: p for p in peers}
+
+    def take_built(self, req: Req, now: float) -> bool:
+        """Whether ``req`` was built for a migration; it is then taken over here."""
+        migration = self._building.pop(req.rid, None)
+        if migration is None:
+            return False
+        migration.on_built(req, now)
+        self._drop_if_final(migration)
+        return True
+
+    def on_abort(self, rids: str, abort_all: bool, now: float) -> None:
+        """A client's abort (upstream matches by prefix)."""
+        for migration in list(self.outbound.values()):
+            if abort_all or migration.record.rid.startswith(rids):
+                migration.on_abort(now)
+        for arriving in self.inbound.values():
+            # Its source is told too; whoever owns the request in the end applies the abort.
+            if abort_all or arriving.record.rid.startswith(rids):
+                arriving.on_forward_abort()
+
+    # --- messages ---------------------------------------------------------------------------
+
+    def start(self, command: StartMigration, now: float) -> None:
+        """Begin a migration, or report at once why not."""
+        found = self._host.find_running(command.rid)
+        reason = self._why_not(command, found)
+        if reason is not None or found is None:
+            self._host.report(
+                MigrationResult(
+                    migration_id=command.migration_id,
+                    rid=command.rid,
+                    source=self._host.worker_id,
+                    target=command.target,
+                    outcome=REFUSED,
+                    reason=reason or "not running",
+                    tokens=0,
+                    kv_bytes=0,
+                    duration_s=0.0,
+                )
+            )
+            return
+        req, recv_req = found
+        headroom = min(
+            self._limits.headroom_tokens,
+            req.sampling_params.max_new_tokens - len(req.output_ids) + 2,
+        )
+        self.outbound[command.migration_id] = SourceMigration(
+            self._host,
+            self._limits,
+            command.migration_id,
+            command.target,
+            req,
+            recv_req,
+            headroom,
+            now,
+        )
+
+    def _why_not(
+        self,
+        command: StartMigration,
+        found: tuple[Req, TokenizedGenerateReqInput] | None,
+    ) -> str | None:
+        if command.target not in self._peers:
+            return "unknown target"
+        if found is None:
+            return "not running"
+        if self.is_moving(command.rid):
+            return "already moving"
+        return self._host.immovable(*found)
+
+    def handle(self, message: Message, now: float) -> None:
+        """A message from a peer."""
+        match message:
+            case Offer():
+                self._on_offer(message, now)
+            case Commit() | Cancel() | ForwardAbort():
+                self._to_target(message, now)
+            case Accept() | Refuse() | Committed() | Cancelled() | TransferFailed():
+                self._to_source(message, now)
+            case _:
+                logger.warning("dropped an unexpected %s", type(message).__name__)
+
+    def _on_offer(self, offer: Offer, now: float) -> None:
+        source = self._peers.get(offer.source)
+        if source is None or offer.migration_id in self.inbound:
+            logger.warning("dropped an offer of unknown worker %d", offer.source)
+            return
+        migration = TargetMigration(self._host, self._limits, offer, source, now)
+        self.inbound[offer.migration_id] = migration
+        self._building[offer.spec.rid] = migration
+        migration.start(now)
+        if migration.record.final:
+            self._building.pop(offer.spec.rid, None)
+        self._drop_if_final(migration)
+
+    def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
+        migration = self.inbound.get(message.migration_id)
+        if migration is not None:
+            if isinstance(message, Commit):
+                migration.on_commit(message, now)
+            elif isinstance(message, Cancel):
+                migration.on_cancel(message.reason, now)
+            else:
+                migration.on_forward_abort()
+            self._drop_if_final(migration)
+        elif message.migration_id in self._committed:
+            self._after_commit(message)
+        elif isinstance(message, Commit):
+            # Given up here before: make the source take the request back.
+            self._host.send(
+                message.source,
+                TransferFailed(
+                    migration_id=message.migration_id,
+                    worker_id=self._host.worker_id,
+                    reason="migration unknown at the target",
+                ),
+            )
+        elif isinstance(message, Cancel):
+            self._host.send(
+                message.source,
+                Cancelled(
+                    migration_id=message.migration_id, worker_id=self._host.worker_id
+                ),
+            )
+
+    def _after_commit(self, message: Commit | Cancel | ForwardAbort) -> None:
+        if isinstance(message, ForwardAbort):
+            self._host.abort_here(self._committed[message.migration_id])
+        else:
+            self._host.send(
+                message.source,
+                Committed(
+                    migration_id=message.migration_id, worker_id=self._host.worker_id
+                ),
+            )
+
+    def _to_source(
+        self,
+        message: Accept | Refuse | Committed | Cancelled | TransferFailed,
+        now: float,
+    ) -> None:
+        migration = self.outbound.get(message.migration_id)
+        if migration is None or migration.record.final:
+            return
+        match message:
+            case Accept():
+                migration.on_accept(message.prefix_tokens)
+            case Refuse():
+                migration.on_refuse(message.reason, now)
+            case Committed():
+                migration.on_committed(now)
+            case Cancelled():
+                migration.on_cancelled(now)
+            case TransferFailed():
+                migration.on_transfer_failed(message.reason, now)
+        self._report_if_final(migration, now)
+
+    # --- time -------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Poll all transfers once and advance every migration; never waits."""
+        if not self.active:
+            return
+        outbound = list(self.outbound.values())
+        inbound = list(self.inbound.values())
+        receiving = [m for m in inbound if m.poller is not None]
+        pollers: list[Any] = [p for m in outbound for p in m.pollers]
+        pollers += [m.poller for m in receiving]
+        states = self._host.link.poll(pollers)
+        for i, source in enumerate(outbound):
+            was_final = source.record.final
+            source.tick(now, states[2 * i], states[2 * i + 1])
+            if not was_final:
+                self._report_if_final(source, now)
+            if source.closed:
+                del self.outbound[source.record.migration_id]
+        polls = dict(zip(map(id, receiving), states[2 * len(outbound) :], strict=True))
+        for target in inbound:
+            target.tick(now, polls.get(id(target)))
+            self._drop_if_final(target)
+
+    # --- endings ----------------------------------------------------------------------------
+
+    def _report_if_final(self, migration: SourceMigration, now: float) -> None:
+        record = migration.record
+        if not record.final:
+            return
+        duration_s = now - record.started_at
+        logger.info(
+            "migration %d rid=%s from=%d to=%d tokens=%d bytes=%d ms=%.1f outcome=%s%s",
+            record.migration_id,
+            record.rid,
+            record.source,
+            record.target,
+            record.tokens,
+            migration.kv_bytes,
+            1e3 * duration_s,
+            record.outcome,
+            f" reason={record.reason!r}" if record.reason else "",
+        )
+        self._host.report(
+            MigrationResult(
+                migration_id=record.migration_id,
+                rid=record.rid,
+                source=record.source,
+                target=record.target,
+                outcome=record.outcome,
+                reason=record.reason,
+                tokens=record.tokens,
+                kv_bytes=migration.kv_bytes,
+                duration_s=duration_s,
+            )
+        )
+
+    def _drop_if_final(self, migration: TargetMigration) -> None:
+        record = migration.record
+        if not record.final:
+            return
+        self.inbound.pop(record.migration_id, None)
+        if record.state is TargetState.COMMITTED:
+            self._committed[record.migration_id] = record.rid
+            while len(self._committed) > _REMEMBERED:
+                self._committed.popitem(last=False)

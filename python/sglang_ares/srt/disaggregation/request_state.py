@@ -1,0 +1,178 @@
+"""What of a request travels with a migration: its specification, and its state so far.
+
+``RequestSpec`` is the request as the front sent it (it never changes). ``RequestState`` is all
+that decides or accounts for the next token: output so far, the incremental detokenizer's
+position, log-probabilities, usage counters. What follows from these is rebuilt on the target:
+the grammar by replaying the output, the penalties from the output's token counts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req
+
+# Attributes of upstream's Req that are plain values and move as they are.
+_PLAIN_ATTRIBUTES = (
+    # incremental detokenizer and streaming position
+    "surr_offset",
+    "read_offset",
+    "decoded_text",
+    "send_token_offset",
+    "send_decode_id_offset",
+    "send_output_token_logprobs_offset",
+    # usage
+    "cached_tokens",
+    "cached_tokens_device",
+    "cached_tokens_host",
+    "cached_tokens_storage",
+    "reasoning_tokens",
+    "retraction_count",
+    "retracted_stain",
+    # reasoning
+    "_is_reasoning_over",
+    "_think_end_match_len",
+)
+_LOGPROB_ATTRIBUTES = (
+    "output_token_logprobs_val",
+    "output_token_logprobs_idx",
+    "output_top_logprobs_val",
+    "output_top_logprobs_idx",
+    "output_token_ids_logprobs_val",
+    "output_token_ids_logprobs_idx",
+)
+# Fields of the tokenized request that move as they are.
+_SPEC_FIELDS = (
+    "rid",
+    "http_worker_ipc",
+    "input_text",
+    "sampling_params",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "token_ids_logprob",
+    "stream",
+    "return_flat_raw_top_logprobs",
+    "lora_id",
+    "routing_key",
+    "require_reasoning",
+    "priority",
+    "extra_key",
+    "cache_salt",
+    "no_logs",
+)
+
+
+class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """The request as the front sent it. ``input_ids``: the prompt, little-endian int32."""
+
+    rid: str
+    http_worker_ipc: str | None
+    input_text: str | None
+    input_ids: bytes
+    sampling_params: SamplingParams
+    return_logprob: bool
+    logprob_start_len: int
+    top_logprobs_num: int
+    token_ids_logprob: list[int] | None
+    stream: bool
+    return_flat_raw_top_logprobs: bool
+    lora_id: str | None
+    routing_key: str | None
+    require_reasoning: bool
+    priority: int | None
+    extra_key: str | None
+    cache_salt: str | None
+    no_logs: bool
+
+
+class RequestState(msgspec.Struct, frozen=True, kw_only=True):
+    """The request's state at hand-over. ``output_ids``: all output, little-endian int32."""
+
+    output_ids: bytes
+    plain: dict[str, int | bool | str | None]
+    detokenized: int | None
+    logprobs: dict[str, list[Any] | None]
+
+
+def pack_ids(ids: Any) -> bytes:
+    """Token ids as little-endian int32."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(packed: bytes) -> array[int]:
+    """The inverse of :func:`pack_ids`, in upstream's type (``array`` of signed 64-bit)."""
+    return array("q", np.frombuffer(packed, dtype="<i4").astype(np.int64).tobytes())
+
+
+def spec_of(recv_req: TokenizedGenerateReqInput) -> RequestSpec:
+    """The specification of a request that the refusal table lets move."""
+    values = {name: getattr(recv_req, name) for name in _SPEC_FIELDS}
+    if not isinstance(values["input_text"], str):
+        values["input_text"] = None
+    return RequestSpec(input_ids=pack_ids(recv_req.input_ids), **values)
+
+
+def tokenized_input(
+    spec: RequestSpec, *, bootstrap_host: str, bootstrap_port: int, bootstrap_room: int
+) -> TokenizedGenerateReqInput:
+    """The request in upstream's form, to be received on the target like any other."""
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+    return TokenizedGenerateReqInput(
+        input_ids=unpack_ids(spec.input_ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        bootstrap_host=bootstrap_host,
+        bootstrap_port=bootstrap_port,
+        bootstrap_room=bootstrap_room,
+        **{name: getattr(spec, name) for name in _SPEC_FIELDS},
+    )
+
+
+def capture(req: Req) -> RequestState:
+    """The state of a request that has stopped between two steps."""
+    return RequestState(
+        output_ids=pack_ids(req.output_ids),
+        plain={name: getattr(req, name) for name in _PLAIN_ATTRIBUTES},
+        detokenized=getattr(req, "cur_decode_ids_len", None),
+        logprobs={
+            name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES
+        },
+    )
+
+
+def restore(req: Req, state: RequestState) -> None:
+    """Put ``state`` on a request that was built from its specification."""
+    req.output_ids = unpack_ids(state.output_ids)
+    for name in _PLAIN_ATTRIBUTES:
+        setattr(req, name, state.plain[name])
+    if req.surr_offset is not None and state.detokenized is not None:
+        req.cur_decode_ids_len = state.detokenized
+        req.surr_and_decode_ids = (
+            req.origin_input_ids_unpadded[req.surr_offset :]
+            + req.output_ids[: state.detokenized]
+        )
+    for name, values in state.logprobs.items():
+        setattr(req.logprob, name, values)
+    if req.grammar is not None:
+        for token in req.output_ids:
+            req.grammar.accept_token(token)
+    # Upstream adds a cached prefix to `cached_tokens` unless it was counted already.
+    req.already_computed = req.seqlen
+    req.pd_rebootstrap_in_progress = False
+
+
+def _plain_list(values: Any) -> list[Any] | None:
+    """Lists of numbers only; upstream may hold rows as tensors or tuples."""
+    if values is None:
+        return None
+    return [v.tolist() if hasattr(v, "tolist") else v for v in values]

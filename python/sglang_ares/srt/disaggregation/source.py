@@ -1,0 +1,350 @@
+"""The sending side of a migration: one small state machine per request on the move."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang.srt.disaggregation.base.conn import KVPoll
+
+from sglang_ares.srt.disaggregation.migration import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    REFUSED,
+    Migration,
+    MigrationLimits,
+    SourceState,
+)
+from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, spec_of
+from sglang_ares.srt.managers.io_struct import Cancel, Commit, ForwardAbort, Message, Offer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_ares.srt.disaggregation.kv_link import KvLink
+
+
+class SourceHost(Protocol):
+    """What the sending side asks of its scheduler."""
+
+    worker_id: int
+    link: KvLink
+
+    def is_running(self, req: Req) -> bool:
+        """Whether the request decodes here."""
+        ...
+
+    def stop(self, req: Req) -> None:
+        """Take the request out of the next step."""
+        ...
+
+    def has_stopped(self, req: Req) -> bool:
+        """Whether no step with the request is under way any more."""
+        ...
+
+    def resume(self, req: Req) -> None:
+        """Let a stopped request decode again."""
+        ...
+
+    def release(self, req: Req) -> None:
+        """Free the request's memory; it lives elsewhere now."""
+        ...
+
+    def alloc_metadata(self) -> int | None:
+        """A slot of upstream's metadata buffers, if there is one."""
+        ...
+
+    def free_metadata(self, slot: int) -> None:
+        """Give the slot back."""
+        ...
+
+    def write_room(self, slot: int, room: int) -> None:
+        """Stamp the slot with the transfer's room, which the target verifies."""
+        ...
+
+    def send(self, worker_id: int, message: Message) -> None:
+        """Send to a peer."""
+        ...
+
+    def wall_clock(self) -> float:
+        """Seconds since the epoch."""
+        ...
+
+
+class SourceMigration:
+    """Moves one running request to another worker.
+
+    ``poll`` of the underlying sender is passed in by the owner (see ``pollers``), because all
+    tensor-parallel ranks must see the same state in the same step.
+    """
+
+    def __init__(
+        self,
+        host: SourceHost,
+        limits: MigrationLimits,
+        migration_id: int,
+        target: int,
+        req: Req,
+        recv_req: TokenizedGenerateReqInput,
+        headroom: int,
+        now: float,
+    ) -> None:
+        self._host = host
+        self._limits = limits
+        self.req = req
+        # The same on every rank, different for every migration of every worker.
+        room = random.Random(f"{host.worker_id}-{migration_id}").getrandbits(62)
+        self.record = Migration(
+            migration_id=migration_id,
+            rid=req.rid,
+            source=host.worker_id,
+            target=target,
+            room=room,
+            started_at=now,
+            state=SourceState.OFFERED,
+            deadline=now + limits.timeout_s,
+            tokens=req.kv.kv_committed_len,
+        )
+        self._sender = host.link.open_sender(room)
+        self._progress = host.link.copied(room)
+        self._metadata_slot: int | None = None
+        self._accepted = False
+        self._sent_tokens = 0
+        self._chunk_in_flight = False
+        self._reserved_tokens = req.kv.kv_committed_len + headroom
+        self._stopped = False
+        self._cancel_sent = False
+        self._sender_closed = False
+        self.kv_bytes = 0
+        host.send(
+            target,
+            Offer(
+                migration_id=migration_id,
+                source=host.worker_id,
+                room=room,
+                tokens=req.kv.kv_committed_len,
+                headroom=headroom,
+                spec=spec_of(recv_req),
+                output_ids=pack_ids(req.output_ids),
+            ),
+        )
+
+    # --- what the owner polls ---------------------------------------------------------------
+
+    @property
+    def pollers(self) -> tuple[Any, Any]:
+        """The sender, and the progress of its chunks."""
+        return self._sender, self._progress
+
+    @property
+    def closed(self) -> bool:
+        """Final, and the sender's buffers are free again."""
+        return self.record.final and self._sender_closed
+
+    @property
+    def holds_request(self) -> bool:
+        """Whether the request is stopped here and in nobody else's hands."""
+        return self._stopped and not self.record.final
+
+    # --- messages ---------------------------------------------------------------------------
+
+    def on_accept(self, prefix_tokens: int) -> None:
+        """The target has reserved memory and holds the first ``prefix_tokens`` already."""
+        self._accepted = True
+        self._sent_tokens = prefix_tokens
+
+    def on_refuse(self, reason: str, now: float) -> None:
+        """The target does not take it; the request never stopped."""
+        if self.record.state is SourceState.OFFERED:
+            self._finish(SourceState.ENDED, REFUSED, reason, now)
+
+    def on_committed(self, now: float) -> None:
+        """The target owns the request: let go of it."""
+        if self.record.state in (SourceState.HANDOVER, SourceState.RECALLING):
+            self._host.release(self.req)
+            self._finish(SourceState.DONE, COMPLETED, "", now)
+
+    def on_cancelled(self, now: float) -> None:
+        """The target has let go: the request goes on here."""
+        if self.record.state is SourceState.RECALLING:
+            self._resume()
+            self._finish(SourceState.ENDED, FAILED, self.record.reason, now)
+
+    def on_transfer_failed(self, reason: str, now: float) -> None:
+        """The KV did not arrive."""
+        self._give_up(FAILED, reason, now)
+
+    def on_abort(self, now: float) -> None:
+        """The client aborted. A request that still runs here ends by itself; one that stopped is
+        resumed so that upstream finds it; one already handed over is aborted over there."""
+        if self.record.state is SourceState.STOPPING:
+            self._give_up(CANCELLED, "aborted", now)
+        elif self.record.state in (SourceState.HANDOVER, SourceState.RECALLING):
+            self._host.send(
+                self.record.target,
+                ForwardAbort(
+                    migration_id=self.record.migration_id, source=self._host.worker_id
+                ),
+            )
+
+    # --- time -------------------------------------------------------------------------------
+
+    def tick(self, now: float, sender_poll: int, progress_poll: int) -> None:
+        """Advance as far as possible; never waits."""
+        state = self.record.state
+        if self.record.final:
+            self._close_sender(sender_poll)
+            return
+        if state in (SourceState.OFFERED, SourceState.COPYING) and not self._host.is_running(
+            self.req
+        ):
+            self._give_up(CANCELLED, "no longer running", now)
+        elif sender_poll == KVPoll.Failed and state not in (
+            SourceState.CANCELLING,
+            SourceState.RECALLING,
+        ):
+            self._give_up(FAILED, "KV transfer failed at the source", now)
+        elif now > self.record.deadline and state not in (
+            SourceState.CANCELLING,
+            SourceState.RECALLING,
+        ):
+            self._give_up(FAILED, f"timeout in {state.value}", now)
+        elif state is SourceState.OFFERED:
+            if self._accepted and sender_poll == KVPoll.WaitingForInput:
+                self._begin_copy(now)
+        elif state is SourceState.COPYING:
+            if not self._chunk_in_flight or progress_poll == KVPoll.Success:
+                self._copy_on(now)
+            elif self.req.kv.kv_committed_len >= self._reserved_tokens - 2:
+                self._stop(now)
+        if self.record.state is SourceState.STOPPING:
+            self._hand_over_when_stopped(now, progress_poll)
+        if self.record.state in (SourceState.CANCELLING, SourceState.RECALLING):
+            self._cancel_when_drained(now)
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _begin_copy(self, now: float) -> None:
+        slot = self._host.alloc_metadata()
+        if slot is None:
+            self._give_up(FAILED, "no metadata slot", now)
+            return
+        self._metadata_slot = slot
+        self._host.write_room(slot, self.record.room)
+        # The total is a bound until the request stops; `init` is called again then.
+        self._sender.init(self._host.link.page_count(self._reserved_tokens) + 1, slot)
+        self._enter(SourceState.COPYING, now)
+        self._copy_on(now)
+
+    def _copy_on(self, now: float) -> None:
+        """Send the pages completed since, or stop when little is left."""
+        page = self._host.link.page_size
+        written = self.req.kv.kv_committed_len
+        complete = (written - 1) // page * page
+        left = written - self._sent_tokens
+        room_to_grow = self._reserved_tokens - 2 - written
+        if left <= max(self._limits.final_tokens, page) or room_to_grow <= 0:
+            self._chunk_in_flight = False
+            self._stop(now)
+        elif complete > self._sent_tokens:
+            self._send_pages(complete)
+            self._chunk_in_flight = True
+
+    def _stop(self, now: float) -> None:
+        self._host.stop(self.req)
+        self._stopped = True
+        self._enter(SourceState.STOPPING, now)
+
+    def _hand_over_when_stopped(self, now: float, progress_poll: int) -> None:
+        if not self._host.has_stopped(self.req):
+            return
+        if self.req.finished():
+            self._stopped = False
+            self._give_up(CANCELLED, "finished", now)
+            return
+        if self._chunk_in_flight and progress_poll != KVPoll.Success:
+            return
+        written = self.req.kv.kv_committed_len
+        first_page = self._sender.curr_idx
+        last_pages = self._host.link.page_count(written - self._sent_tokens)
+        assert self._metadata_slot is not None
+        self._sender.init(first_page + last_pages, self._metadata_slot)
+        self._send_pages(written)
+        self.record.tokens = written
+        self._host.send(
+            self.record.target,
+            Commit(
+                migration_id=self.record.migration_id,
+                source=self._host.worker_id,
+                tokens=written,
+                state=capture(self.req),
+                stopped_at=self._host.wall_clock(),
+            ),
+        )
+        self._enter(SourceState.HANDOVER, now)
+
+    def _send_pages(self, end: int) -> None:
+        pages = self._host.link.pages(self.req, self._sent_tokens, end)
+        self._sender.send(pages, None, num_kv_tokens=end - self._sent_tokens)
+        self._sent_tokens = end
+
+    # --- endings ----------------------------------------------------------------------------
+
+    def _give_up(self, outcome: str, reason: str, now: float) -> None:
+        """Stop copying. Before ``Commit`` the request goes on here at once; after it, only once
+        the target has let go."""
+        if self.record.final or self.record.state in (
+            SourceState.CANCELLING,
+            SourceState.RECALLING,
+        ):
+            return
+        self.record.outcome = outcome
+        self.record.reason = reason
+        self._sender.abort()
+        if self.record.state is SourceState.HANDOVER:
+            self._enter(SourceState.RECALLING, now)
+        else:
+            self._resume()
+            self._enter(SourceState.CANCELLING, now)
+
+    def _cancel_when_drained(self, now: float) -> None:
+        if self._cancel_sent or not self._progress.drained():
+            return
+        self._cancel_sent = True
+        self._host.send(
+            self.record.target,
+            Cancel(
+                migration_id=self.record.migration_id,
+                source=self._host.worker_id,
+                reason=self.record.reason,
+            ),
+        )
+        if self.record.state is SourceState.CANCELLING:
+            self._finish(SourceState.ENDED, self.record.outcome, self.record.reason, now)
+
+    def _resume(self) -> None:
+        if self._stopped:
+            self._stopped = False
+            self._host.resume(self.req)
+
+    def _finish(self, state: SourceState, outcome: str, reason: str, now: float) -> None:
+        self.kv_bytes = self._host.link.bytes_of(self._sender)
+        self.record.outcome = outcome
+        self.record.reason = reason
+        self._enter(state, now)
+
+    def _close_sender(self, sender_poll: int) -> None:
+        """Free the sender once upstream's transfer thread is through with it."""
+        if self._sender_closed:
+            return
+        never_used = self._metadata_slot is None
+        if never_used or sender_poll in (KVPoll.Success, KVPoll.Failed):
+            self._sender.clear()
+            if self._metadata_slot is not None:
+                self._host.free_metadata(self._metadata_slot)
+            self._sender_closed = True
+
+    def _enter(self, state: SourceState, now: float) -> None:
+        self.record.enter(state, now, self._limits.timeout_s)

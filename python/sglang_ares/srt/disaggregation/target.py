@@ -1,0 +1,295 @@
+"""The receiving side of a migration: memory first, then KV, then ownership."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang.srt.disaggregation.base.conn import KVPoll
+
+from sglang_ares.srt.disaggregation.migration import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    REFUSED,
+    Migration,
+    MigrationLimits,
+    TargetState,
+)
+from sglang_ares.srt.disaggregation.request_state import restore
+from sglang_ares.srt.managers.io_struct import (
+    Accept,
+    Cancelled,
+    Commit,
+    Committed,
+    Message,
+    Offer,
+    Peer,
+    Refuse,
+    TransferFailed,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_ares.srt.disaggregation.kv_link import KvLink
+
+
+class TargetHost(Protocol):
+    """What the receiving side asks of its scheduler."""
+
+    worker_id: int
+    link: KvLink
+
+    def refusal(self, offer: Offer) -> str | None:
+        """Why this worker cannot take the request, if it cannot."""
+        ...
+
+    def build(self, offer: Offer, source: Peer) -> None:
+        """Build the request; ``on_built`` is called when it (and its grammar) is ready."""
+        ...
+
+    def reserve(self, req: Req, offer: Offer) -> int | None:
+        """Allocate KV for the request's tokens and headroom; tokens already here, or None."""
+        ...
+
+    def trim(self, req: Req, tokens: int) -> None:
+        """Free the reserved KV beyond ``tokens``."""
+        ...
+
+    def unreserve(self, req: Req) -> None:
+        """Free all reserved KV."""
+        ...
+
+    def alloc_metadata(self) -> int | None:
+        """A slot of upstream's metadata buffers, if there is one."""
+        ...
+
+    def free_metadata(self, slot: int) -> None:
+        """Give the slot back."""
+        ...
+
+    def room_in(self, slot: int) -> int:
+        """The room that arrived in the slot."""
+        ...
+
+    def adopt(self, req: Req, migration_id: int, stopped_at: float, aborted: bool) -> None:
+        """Let the request decode here; end it at once if the client ``aborted`` it."""
+        ...
+
+    def send(self, worker_id: int, message: Message) -> None:
+        """Send to a peer."""
+        ...
+
+
+class TargetMigration:
+    """Takes one request over from another worker."""
+
+    def __init__(
+        self,
+        host: TargetHost,
+        limits: MigrationLimits,
+        offer: Offer,
+        source: Peer,
+        now: float,
+    ) -> None:
+        self._host = host
+        self._limits = limits
+        self._offer = offer
+        self._source = source
+        self.record = Migration(
+            migration_id=offer.migration_id,
+            rid=offer.spec.rid,
+            source=offer.source,
+            target=host.worker_id,
+            room=offer.room,
+            started_at=now,
+            state=TargetState.BUILDING,
+            deadline=now + limits.timeout_s,
+            tokens=offer.tokens,
+        )
+        self._req: Req | None = None
+        self._receiver: Any = None
+        self._metadata_slot: int | None = None
+        self._prefix_tokens = 0
+        self._commit: Commit | None = None
+        self._kv_complete = False
+        self._aborted_by_client = False
+
+    def start(self, now: float) -> None:
+        """Refuse, or build the request."""
+        reason = self._host.refusal(self._offer)
+        if reason is not None:
+            self._refuse(reason, now)
+        else:
+            self._host.build(self._offer, self._source)
+
+    @property
+    def poller(self) -> Any:
+        """The receiver, once there is one."""
+        return self._receiver
+
+    # --- messages ---------------------------------------------------------------------------
+
+    def on_built(self, req: Req, now: float) -> None:
+        """The request exists: reserve memory and open the transfer, or refuse."""
+        if self.record.state is not TargetState.BUILDING:
+            return
+        if req.finished() or req.to_finish is not None:
+            self._refuse("the request did not build", now)
+            return
+        slot = self._host.alloc_metadata()
+        if slot is None:
+            self._refuse("no metadata slot", now)
+            return
+        prefix = self._host.reserve(req, self._offer)
+        if prefix is None:
+            self._host.free_metadata(slot)
+            self._refuse("no KV memory", now)
+            return
+        self._req = req
+        self._metadata_slot = slot
+        self._prefix_tokens = prefix
+        self._receiver = self._host.link.open_receiver(
+            self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
+        )
+        self._enter(TargetState.RESERVED, now)
+
+    def on_commit(self, commit: Commit, now: float) -> None:
+        """The source has stopped; take over when the KV is complete too."""
+        if self.record.state is TargetState.RECEIVING:
+            self._commit = commit
+            self._take_over_when_complete(now)
+
+    def on_forward_abort(self) -> None:
+        """The client aborted after ``Commit``; applied at take-over."""
+        self._aborted_by_client = True
+
+    def on_cancel(self, reason: str, now: float) -> None:
+        """The source goes on alone, and nothing of it is in flight any more."""
+        if self.record.state is TargetState.COMMITTED:
+            # Too late: the request is owned here. Say so again; the source then lets go.
+            self._send_committed()
+            return
+        if not self.record.final:
+            self._release(CANCELLED, reason, now)
+        self._host.send(
+            self.record.source,
+            Cancelled(migration_id=self.record.migration_id, worker_id=self._host.worker_id),
+        )
+
+    # --- time -------------------------------------------------------------------------------
+
+    def tick(self, now: float, receiver_poll: int | None) -> None:
+        """Advance as far as possible; never waits."""
+        state = self.record.state
+        if state not in (TargetState.BUILDING, TargetState.RESERVED, TargetState.RECEIVING):
+            return
+        if receiver_poll == KVPoll.Failed:
+            self._fail("KV transfer failed at the target", now)
+        elif now > self.record.deadline:
+            if state is TargetState.BUILDING:
+                self._refuse("timeout in BUILDING", now)
+            else:
+                self._fail(f"timeout in {state.value}", now)
+        elif state is TargetState.RESERVED and receiver_poll == KVPoll.WaitingForInput:
+            self._open_for_kv(now)
+        elif state is TargetState.RECEIVING and receiver_poll == KVPoll.Success:
+            self._kv_complete = True
+            self._take_over_when_complete(now)
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _open_for_kv(self, now: float) -> None:
+        assert self._req is not None
+        reserved = self._offer.tokens + self._offer.headroom
+        self._receiver.send_metadata(
+            self._host.link.pages(self._req, self._prefix_tokens, reserved),
+            self._metadata_slot,
+            [],
+            decode_prefix_len=self._prefix_tokens,
+        )
+        self._host.send(
+            self.record.source,
+            Accept(
+                migration_id=self.record.migration_id,
+                worker_id=self._host.worker_id,
+                prefix_tokens=self._prefix_tokens,
+            ),
+        )
+        self._enter(TargetState.RECEIVING, now)
+
+    def _take_over_when_complete(self, now: float) -> None:
+        if self._commit is None or not self._kv_complete:
+            return
+        assert self._req is not None and self._metadata_slot is not None
+        arrived = self._host.room_in(self._metadata_slot)
+        if arrived != self.record.room:
+            self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
+            return
+        restore(self._req, self._commit.state)
+        self._host.trim(self._req, self._commit.tokens)
+        self.record.tokens = self._commit.tokens
+        self._close_receiver()
+        self.record.outcome = COMPLETED
+        self._enter(TargetState.COMMITTED, now)
+        self._send_committed()
+        self._host.adopt(
+            self._req,
+            self.record.migration_id,
+            self._commit.stopped_at,
+            self._aborted_by_client,
+        )
+
+    # --- endings ----------------------------------------------------------------------------
+
+    def _refuse(self, reason: str, now: float) -> None:
+        self.record.outcome = REFUSED
+        self.record.reason = reason
+        self._enter(TargetState.RELEASED, now)
+        self._host.send(
+            self.record.source,
+            Refuse(
+                migration_id=self.record.migration_id,
+                worker_id=self._host.worker_id,
+                reason=reason,
+            ),
+        )
+
+    def _fail(self, reason: str, now: float) -> None:
+        """Tell the source; the memory stays reserved until it says that no byte is in flight."""
+        self.record.reason = reason
+        self._enter(TargetState.ABORTING, now)
+        self._host.send(
+            self.record.source,
+            TransferFailed(
+                migration_id=self.record.migration_id,
+                worker_id=self._host.worker_id,
+                reason=reason,
+            ),
+        )
+
+    def _release(self, outcome: str, reason: str, now: float) -> None:
+        if self._receiver is not None:
+            self._receiver.abort()
+            self._close_receiver()
+        if self._req is not None:
+            self._host.unreserve(self._req)
+        self.record.outcome = FAILED if self.record.state is TargetState.ABORTING else outcome
+        self.record.reason = self.record.reason or reason
+        self._enter(TargetState.RELEASED, now)
+
+    def _close_receiver(self) -> None:
+        self._receiver.clear()
+        self._receiver = None
+        if self._metadata_slot is not None:
+            self._host.free_metadata(self._metadata_slot)
+            self._metadata_slot = None
+
+    def _send_committed(self) -> None:
+        self._host.send(
+            self.record.source,
+            Committed(migration_id=self.record.migration_id, worker_id=self._host.worker_id),
+        )
+
+    def _enter(self, state: TargetState, now: float) -> None:
+        self.record.enter(state, now, self._limits.timeout_s)
