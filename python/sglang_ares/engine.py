@@ -1,0 +1,161 @@
+"""The cluster, embedded: upstream's ``Engine`` with ``ares_*`` keyword arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing as mp
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.entrypoints.engine import Engine as UpstreamEngine
+from sglang.srt.entrypoints.engine import SchedulerInitResult, _wait_for_scheduler_ready
+from sglang.srt.server_args import ServerArgs
+
+from sglang_ares.ares_args import AresArgs, AresArgsError
+from sglang_ares.demo_model import MODEL_DIR
+from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
+from sglang_ares.srt.entrypoints.front_client import FrontClient
+from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
+from sglang_ares.srt.managers.worker_process import run_detokenizer
+from sglang_ares.srt.platforms.cpu import accelerator_present, apply_cpu_defaults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang.srt.server_args import PortArgs
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerArgs:
+    """Check the operator's arguments, fill in the platform's defaults and attach ``ares_args``.
+
+    Raises :class:`AresArgsError` with the flag and the remedy.
+    """
+    row = first_refusal(CLUSTER, server_args)
+    if row is not None:
+        raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
+    _check_model_path(server_args.model_path)
+    if not accelerator_present():
+        apply_cpu_defaults(server_args)
+        # Before any child starts: several workers share few cores.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    elif server_args.disaggregation_transfer_backend == "mooncake":
+        server_args.disaggregation_transfer_backend = "nixl"
+    server_args._ares_args = ares_args
+    server_args._ares_front_endpoint = f"ipc://{tempfile.mkdtemp(prefix='sglang-ares-')}/front"
+    return server_args
+
+
+def _check_model_path(model_path: str) -> None:
+    if not Path(model_path).exists() and not _HUB_ID.fullmatch(model_path):
+        raise AresArgsError(
+            f"--model-path {model_path!r} does not exist. Name a folder with a Hugging Face "
+            "model or a model id such as Qwen/Qwen3-8B; leave it out for the demo model."
+        )
+
+
+def ares_args_of(server_args: ServerArgs) -> AresArgs:
+    """The cluster's configuration, as attached by :func:`prepare_server_args`."""
+    ares_args: AresArgs = server_args._ares_args
+    return ares_args
+
+
+class Engine(UpstreamEngine):
+    """Upstream's engine, served by a cluster of prefill and decode workers.
+
+    Takes upstream's keyword arguments plus the fields of :class:`AresArgs` with the prefix
+    ``ares_`` (``ares_decode_workers=4``); ``model_path`` defaults to the embedded model. Use it
+    as a context manager: leaving it ends every process it started.
+    """
+
+    init_tokenizer_manager_func = staticmethod(init_ares_tokenizer_manager)
+    run_detokenizer_process_func = staticmethod(run_detokenizer)
+
+    def __init__(self, **kwargs: Any) -> None:
+        ares_args = AresArgs.pop_from_kwargs(kwargs)
+        if "server_args" not in kwargs:
+            kwargs.setdefault("model_path", str(MODEL_DIR))
+            kwargs.setdefault("log_level", "error")
+            kwargs = {"server_args": prepare_server_args(ServerArgs(**kwargs), ares_args)}
+        super().__init__(**kwargs)
+        self._client = FrontClient(self.server_args._ares_front_endpoint)
+
+    @classmethod
+    def _launch_scheduler_processes(
+        cls,
+        server_args: ServerArgs,
+        port_args: PortArgs,
+        run_scheduler_process_func: Callable[..., None],
+        **kwargs: Any,
+    ) -> tuple[SchedulerInitResult, list[mp.Process]]:
+        """Start the controller, which starts the workers."""
+        from sglang_ares.srt.managers.controller import run_controller_process
+
+        reader, writer = mp.Pipe(duplex=False)
+        process = mp.Process(
+            target=run_controller_process,
+            args=(
+                server_args,
+                port_args,
+                ares_args_of(server_args),
+                server_args._ares_front_endpoint,
+                writer,
+            ),
+            name="ares-controller",
+        )
+        process.start()
+        writer.close()
+        pids = [process.pid]
+        infos: list[dict[str, Any]] = []
+
+        def wait_for_ready() -> None:
+            infos.extend(_wait_for_scheduler_ready([reader], [process]))
+            pids.extend(infos[0]["scheduler_pids"])
+
+        result = SchedulerInitResult(
+            scheduler_infos=infos,
+            all_child_pids=pids,
+            wait_for_ready=wait_for_ready,
+            block_until_scheduler_exits=process.join,
+        )
+        return result, [process]
+
+    # --- ARES -------------------------------------------------------------------------------
+
+    def ares_status(self) -> dict[str, Any]:
+        """The document of ``GET /ares/status``."""
+        status: dict[str, Any] = self._run(self._client.status())[1]
+        return status
+
+    def ares_requests(self) -> list[dict[str, Any]]:
+        """The document of ``GET /ares/requests``."""
+        requests: list[dict[str, Any]] = self._run(self._client.requests())[1]
+        return requests
+
+    def ares_migrate(self, rid: str, target: int) -> dict[str, Any]:
+        """Move a request and wait; the document of ``POST /ares/migrate``."""
+        outcome: dict[str, Any] = self._run(self._client.migrate(rid, target))[1]
+        return outcome
+
+    async def async_ares_migrate(self, rid: str, target: int) -> dict[str, Any]:
+        """As :meth:`ares_migrate`, while requests of ``async_generate`` run in the same loop."""
+        outcome: dict[str, Any] = (await self._client.migrate(rid, target))[1]
+        return outcome
+
+    async def async_ares_requests(self) -> list[dict[str, Any]]:
+        """As :meth:`ares_requests`, within a running loop."""
+        requests: list[dict[str, Any]] = (await self._client.requests())[1]
+        return requests
+
+    async def async_ares_status(self) -> dict[str, Any]:
+        """As :meth:`ares_status`, within a running loop."""
+        status: dict[str, Any] = (await self._client.status())[1]
+        return status
+
+    def _run(self, coroutine: Any) -> Any:
+        loop: asyncio.AbstractEventLoop = self.loop
+        return loop.run_until_complete(coroutine)

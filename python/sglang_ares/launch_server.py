@@ -1,0 +1,125 @@
+"""``python -m sglang_ares.launch_server``: any SGLang flag, and the ``--ares-*`` flags."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sglang_ares.ares_args import AresArgs, AresArgsError
+from sglang_ares.demo_model import MODEL_DIR
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Upstream's parser with the ARES group first and ``--model-path`` optional."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_ares.launch_server",
+        description="Serve a model on a cluster of prefill and decode workers that moves running "
+        "requests between decode workers. Every SGLang flag works as in SGLang.",
+    )
+    AresArgs.add_cli_args(parser)
+    ServerArgs.add_cli_args(parser)
+    for action in parser._actions:
+        if action.dest == "model_path":
+            action.required = False
+            action.default = str(MODEL_DIR)
+            action.help = f"{action.help} Default: the embedded demo model."
+    return parser
+
+
+def parse_args(argv: list[str]) -> tuple[ServerArgs, AresArgs]:
+    """Upstream's raw server arguments and ours; flags may come from ``--config`` too."""
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = build_parser()
+    if "--config" in argv:
+        argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+    namespace = parser.parse_args(argv)
+    # Upstream notes on the namespace whether this flag was given.
+    namespace._radix_eviction_policy_explicitly_set = any(
+        a.split("=", 1)[0] == "--radix-eviction-policy" for a in argv
+    )
+    logging.basicConfig(
+        level=getattr(logging, namespace.log_level.upper()),
+        format="[%(asctime)s] %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        force=True,
+    )
+    return ServerArgs.from_cli_args(namespace), AresArgs.from_namespace(namespace)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise :class:`AresArgsError` if the HTTP port cannot be bound."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise AresArgsError(
+                f"--port {port} on --host {host} cannot be used ({error.strerror}); "
+                "choose another --port."
+            ) from None
+
+
+def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
+    """Start the cluster and serve HTTP until interrupted."""
+    from sglang.srt.entrypoints.http_server import _setup_and_run_http_server, app
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    from sglang_ares.engine import Engine, prepare_server_args
+    from sglang_ares.srt.entrypoints.admin_api import ares_router
+    from sglang_ares.srt.entrypoints.front_client import FrontClient
+
+    server_args = prepare_server_args(server_args, ares_args)
+    check_port(server_args.host, server_args.port)
+    tokenizer_manager, template_manager, port_args, started, watchdog, _ = (
+        Engine._launch_subprocesses(
+            server_args=server_args,
+            init_tokenizer_manager_func=Engine.init_tokenizer_manager_func,
+            run_scheduler_process_func=run_scheduler_process,
+            run_detokenizer_process_func=Engine.run_detokenizer_process_func,
+        )
+    )
+    client = FrontClient(server_args._ares_front_endpoint)
+    app.include_router(ares_router(client))
+    _setup_and_run_http_server(
+        server_args,
+        tokenizer_manager,
+        template_manager,
+        port_args,
+        started.scheduler_infos,
+        watchdog,
+    )
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Command line entry point; returns the exit status."""
+
+    try:
+        server_args, ares_args = parse_args(sys.argv[1:] if argv is None else argv)
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        launch_server(server_args, ares_args)
+    except AresArgsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        from sglang.srt.utils import kill_process_tree
+
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

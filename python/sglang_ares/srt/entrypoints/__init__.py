@@ -1,0 +1,1 @@
+"""HTTP endpoints of ARES on top of upstream's server."""

@@ -1,0 +1,60 @@
+"""``/ares/…``: status, live requests and migrations, on upstream's HTTP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import ORJSONResponse
+from sglang.srt.utils.auth import AuthLevel, auth_level
+
+from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
+
+
+class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /ares/migrate``."""
+
+    rid: str
+    target: int
+
+
+def ares_router(client: FrontClient) -> APIRouter:
+    """The endpoints; all ask the controller through ``client``."""
+    router = APIRouter(prefix="/ares", tags=["ares"])
+
+    @router.get("/status")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def status() -> ORJSONResponse:
+        """Workers, migrations, policies and uptime."""
+        return await _answer(client.status())
+
+    @router.get("/requests")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def requests() -> ORJSONResponse:
+        """The live requests: rid, worker, tokens, age_s."""
+        return await _answer(client.requests())
+
+    @router.post("/migrate")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def migrate(request: Request) -> ORJSONResponse:
+        """Move a request to a decode worker; answers with the outcome."""
+        try:
+            body = msgspec.json.decode(await request.body(), type=MigrateBody)
+        except msgspec.MsgspecError as error:
+            return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
+        return await _answer(client.migrate(body.rid, body.target))
+
+    return router
+
+
+async def _answer(query: Any) -> ORJSONResponse:
+    try:
+        status, document = await query
+    except ControllerTimeoutError as error:
+        return _error(504, str(error))
+    return ORJSONResponse(document, status_code=status)
+
+
+def _error(status: int, reason: str) -> ORJSONResponse:
+    return ORJSONResponse({"outcome": "refused", "reason": reason}, status_code=status)

@@ -1,0 +1,86 @@
+"""The front's connection to the controller: queries out, answers in, over one ZMQ socket."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang_ares.srt.managers.io_struct import (
+    Decoder,
+    Message,
+    MigrateQuery,
+    QueryReply,
+    RequestsQuery,
+    StatusQuery,
+    encode,
+)
+
+
+class ControllerTimeoutError(TimeoutError):
+    """The controller did not answer in time."""
+
+
+class FrontClient:
+    """Asks the controller; answers are (HTTP status, document). Use within one event loop."""
+
+    def __init__(self, endpoint: str, timeout_s: float = 60.0) -> None:
+        self._endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._decoder = Decoder(QueryReply)
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[QueryReply]] = {}
+        self._socket: zmq.asyncio.Socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    async def status(self) -> tuple[int, Any]:
+        """The cluster's status."""
+        return await self._ask(StatusQuery(query_id=next(self._ids)))
+
+    async def requests(self) -> tuple[int, Any]:
+        """The live requests."""
+        return await self._ask(RequestsQuery(query_id=next(self._ids)))
+
+    async def migrate(self, rid: str, target: int) -> tuple[int, Any]:
+        """Move a request and wait for the outcome."""
+        return await self._ask(MigrateQuery(query_id=next(self._ids), rid=rid, target=target))
+
+    async def _ask(self, query: Message) -> tuple[int, Any]:
+        if self._socket is None:
+            self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.connect(self._endpoint)
+            self._reader = asyncio.create_task(self._read())
+        query_id: int = query.query_id  # type: ignore[attr-defined]
+        future: asyncio.Future[QueryReply] = asyncio.get_running_loop().create_future()
+        self._pending[query_id] = future
+        try:
+            await self._socket.send(encode(query))
+            reply = await asyncio.wait_for(future, self._timeout_s)
+        except TimeoutError:
+            raise ControllerTimeoutError(
+                f"the controller did not answer within {self._timeout_s:.0f} s"
+            ) from None
+        finally:
+            self._pending.pop(query_id, None)
+        return reply.status, msgspec.json.decode(reply.body)
+
+    async def _read(self) -> None:
+        assert self._socket is not None
+        while True:
+            reply = self._decoder.decode(await self._socket.recv())
+            future = self._pending.get(reply.query_id)
+            if future is not None and not future.done():
+                future.set_result(reply)
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None

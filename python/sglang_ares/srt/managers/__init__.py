@@ -1,0 +1,1 @@
+"""Processes and their messages: controller, worker scheduler, tokenizer manager."""

@@ -1,0 +1,261 @@
+"""Every message of ARES, as tagged msgspec structs; nothing here is ever pickled.
+
+Directions: controller → worker (``ConnectPeers``, ``StartMigration``), worker → controller
+(``WorkerReport``, ``MigrationResult``, ``Landed``), worker → worker (``Offer`` … ``ForwardAbort``,
+in the order of the protocol), front ↔ controller (``…Query``/``…Reply``). On the wire a message
+is one msgpack array whose first element is its class name; :func:`decode` checks every type.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from sglang_ares.srt.disaggregation.request_state import RequestSpec, RequestState
+from sglang_ares.srt.policy.types import WorkerLoad
+
+MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Base of all messages."""
+
+
+# --- controller -> worker -------------------------------------------------------------------
+
+
+class Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach one worker: its control endpoint (ZMQ) and its KV bootstrap server."""
+
+    worker_id: int
+    role: str
+    control_endpoint: str
+    bootstrap_host: str
+    bootstrap_port: int
+
+
+class ConnectPeers(Message):
+    """All workers of the cluster; sent once every worker is up."""
+
+    peers: list[Peer]
+
+
+class StartMigration(Message):
+    """Move ``rid`` to worker ``target``."""
+
+    migration_id: int
+    rid: str
+    target: int
+
+
+# --- worker -> controller -------------------------------------------------------------------
+
+
+class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the integrity check compares: free slots, and KV tokens by owner."""
+
+    kv_free: int
+    kv_cached: int
+    request_slots_free: int
+    metadata_slots_free: int
+    requests: int
+    idle: bool
+
+
+class WorkerReport(Message):
+    """A worker's load, and the requests that left it since its last report.
+
+    ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
+    """
+
+    worker_id: int
+    load: WorkerLoad
+    finished: list[str]
+    pools: PoolCounters
+    migrations_in: int
+    migrations_out: int
+    retracted: int
+    decode_step_ms: float
+
+
+class MigrationResult(Message):
+    """How a migration ended, told by its source.
+
+    ``outcome``: completed, refused, failed or cancelled; ``reason`` says why unless completed.
+    ``duration_s``: from the command to the end. ``kv_bytes``: bytes of KV sent.
+    """
+
+    migration_id: int
+    rid: str
+    source: int
+    target: int
+    outcome: str
+    reason: str
+    tokens: int
+    kv_bytes: int
+    duration_s: float
+
+
+class Landed(Message):
+    """The target emitted its first token of a moved request ``blackout_s`` after the last one
+    of the source (wall clocks of both hosts)."""
+
+    migration_id: int
+    rid: str
+    worker_id: int
+    blackout_s: float
+
+
+# --- worker -> worker -----------------------------------------------------------------------
+
+
+class Offer(Message):
+    """Source: take this request? It holds ``tokens`` of KV now and may grow by ``headroom``
+    until the hand-over. ``room`` names the KV transfer."""
+
+    migration_id: int
+    source: int
+    room: int
+    tokens: int
+    headroom: int
+    spec: RequestSpec
+    output_ids: bytes
+
+
+class Accept(Message):
+    """Target: memory is reserved; send KV from token ``prefix_tokens`` on."""
+
+    migration_id: int
+    worker_id: int
+    prefix_tokens: int
+
+
+class Refuse(Message):
+    """Target: no, for ``reason`` (a key of the refusal table, then free text)."""
+
+    migration_id: int
+    worker_id: int
+    reason: str
+
+
+class Commit(Message):
+    """Source: it has stopped; this is its final state, and the last KV pages are on their way.
+
+    ``stopped_at``: wall clock (s) of the last step on the source.
+    """
+
+    migration_id: int
+    source: int
+    tokens: int
+    state: RequestState
+    stopped_at: float
+
+
+class Committed(Message):
+    """Target: state and KV are complete; it owns the request from here on."""
+
+    migration_id: int
+    worker_id: int
+
+
+class Cancel(Message):
+    """Source: forget this migration; no byte of it is in flight any more."""
+
+    migration_id: int
+    source: int
+    reason: str
+
+
+class Cancelled(Message):
+    """Target: forgotten, its memory is free again; the source owns the request."""
+
+    migration_id: int
+    worker_id: int
+
+
+class TransferFailed(Message):
+    """Target: the KV did not arrive; it waits for ``Cancel`` before it frees the memory."""
+
+    migration_id: int
+    worker_id: int
+    reason: str
+
+
+class ForwardAbort(Message):
+    """Source: the client aborted the request after ``Commit`` had gone out."""
+
+    migration_id: int
+    source: int
+
+
+# --- front <-> controller -------------------------------------------------------------------
+
+
+class StatusQuery(Message):
+    """Ask for the cluster's status."""
+
+    query_id: int
+
+
+class RequestsQuery(Message):
+    """Ask for the live requests."""
+
+    query_id: int
+
+
+class MigrateQuery(Message):
+    """Ask for a migration, and for its outcome."""
+
+    query_id: int
+    rid: str
+    target: int
+
+
+class QueryReply(Message):
+    """Answer to any query: an HTTP status and a JSON document (as bytes)."""
+
+    query_id: int
+    status: int
+    body: bytes
+
+
+WorkerInbound = (
+    ConnectPeers
+    | StartMigration
+    | Offer
+    | Accept
+    | Refuse
+    | Commit
+    | Committed
+    | Cancel
+    | Cancelled
+    | TransferFailed
+    | ForwardAbort
+)
+ControllerInbound = WorkerReport | MigrationResult | Landed
+FrontInbound = StatusQuery | RequestsQuery | MigrateQuery
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The wire form of ``message``."""
+    return _encoder.encode(message)
+
+
+class Decoder:
+    """Decodes and validates the messages of one socket.
+
+    ``inbound`` is the union of the message types the socket may carry. Anything else raises
+    :class:`msgspec.ValidationError` or :class:`msgspec.DecodeError`.
+    """
+
+    def __init__(self, inbound: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(inbound)
+
+    def decode(self, frame: bytes) -> Any:
+        """One message."""
+        if len(frame) > MAX_MESSAGE_BYTES:
+            raise msgspec.ValidationError(f"message of {len(frame)} bytes is too large")
+        return self._decoder.decode(frame)

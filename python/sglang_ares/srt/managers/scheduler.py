@@ -1,0 +1,260 @@
+"""The worker: upstream's scheduler, able to hand running requests over and to take them in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.utils import broadcast_pyobj
+
+from sglang_ares.srt.disaggregation.kv_link import KvLink
+from sglang_ares.srt.disaggregation.manager import MigrationManager
+from sglang_ares.srt.disaggregation.penalties import seed_penalties
+from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
+from sglang_ares.srt.managers.io_struct import ConnectPeers, StartMigration
+from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
+from sglang_ares.srt.managers.output_streamer import DecodeOutputStreamer, PrefillOutputStreamer
+from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    from sglang_ares.srt.disaggregation.source import SourceMigration
+    from sglang_ares.srt.disaggregation.target import TargetMigration
+    from sglang_ares.srt.managers.io_struct import PoolCounters
+    from sglang_ares.srt.managers.worker_spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+# While transfers are under way and no batch can run, look again this often.
+_STALL_POLL_MS = 1
+
+
+class UnsupportedModelError(RuntimeError):
+    """The model keeps state that cannot move; the text is the refusal table's row."""
+
+
+class AresScheduler(Scheduler):
+    """A prefill or decode worker of the cluster.
+
+    Upstream constructs it (``plugin.hook_worker`` puts it in upstream's place), so what the
+    worker is told comes through ``spec``, set on the class before.
+    """
+
+    spec: ClassVar[WorkerSpec]
+
+    def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
+        self.migrations: MigrationManager | None = None
+        self.ares: WorkerAgent
+        self._pools_at_start: PoolCounters | None = None
+        self._was_busy = False
+        self._last_forward_was_decode = False
+        super().__init__(server_args, port_args)
+        self._pools_at_start = pool_counters(self)
+
+    # --- construction: upstream's init_* steps ----------------------------------------------
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        """Upstream's sockets, and the agent's mailbox on rank 0."""
+        super().init_ipc_channels(port_args)
+        self._ares_rank_zero = get_parallel().attn_tp_rank == 0
+        self.ares = WorkerAgent(self.spec, speaks=self._ares_rank_zero)
+
+    def init_idle_sleeper(self) -> None:
+        """An idle worker wakes up for control messages too."""
+        super().init_idle_sleeper()
+        if self.idle_sleeper is not None and self.ares.socket is not None:
+            self.idle_sleeper.poller.register(self.ares.socket)
+
+    def init_disaggregation(self) -> None:
+        """Upstream's structures for the role; on a decode worker also the sending side."""
+        row = first_refusal(MODEL, self)
+        if row is not None:
+            raise UnsupportedModelError(f"{row.what}: {row.reason} {row.remedy}")
+        super().init_disaggregation()
+        if self.disaggregation_mode is DisaggregationMode.DECODE:
+            link = KvLink(self, self.spec.bootstrap_host, self.spec.bootstrap_port)
+            self._host = SchedulerMigrationHost(self, link, self.spec.limits)
+            self.migrations = MigrationManager(self._host, self.spec.limits)
+
+    def get_output_streamer_class(self) -> type:
+        """Who may speak to the detokenizer, by role."""
+        if self.disaggregation_mode is DisaggregationMode.PREFILL:
+            return PrefillOutputStreamer
+        return DecodeOutputStreamer
+
+    # --- the event loop ---------------------------------------------------------------------
+
+    def ingest_requests(self) -> list[Any]:
+        """Upstream's input, and the control messages; all ranks see the same ones."""
+        received: list[Any] = super().ingest_requests()
+        now = time.monotonic()
+        for frame in self._control_frames():
+            message = self.ares.decode(frame)
+            if isinstance(message, ConnectPeers):
+                self._connect(message)
+            elif message is None or self.migrations is None:
+                continue
+            elif isinstance(message, StartMigration):
+                self.migrations.start(message, now)
+            else:
+                self.migrations.handle(message, now)
+        self.ares.report_load(self, now)
+        return received
+
+    def _control_frames(self) -> list[bytes]:
+        frames = self.ares.drain()
+        if get_parallel().tp_size > 1:
+            group = self.tp_group
+            frames = broadcast_pyobj(frames, group.rank, self.tp_cpu_group, src=group.ranks[0])
+        return frames
+
+    def _connect(self, message: ConnectPeers) -> None:
+        self.ares.connect(message.peers)
+        if self.migrations is None:
+            return
+        self.migrations.connect(message.peers)
+        for peer in message.peers:
+            if peer.worker_id != self.ares.worker_id and not self._host.link.connect(
+                peer.bootstrap_host, peer.bootstrap_port
+            ):
+                logger.warning("worker %d cannot be reached for KV yet", peer.worker_id)
+
+    def process_decode_queue(self) -> None:
+        """Advance the migrations between two steps, then upstream's own transfers."""
+        assert self.migrations is not None
+        self.migrations.tick(time.monotonic())
+        super().process_decode_queue()
+
+    def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
+        """Upstream's processing, then the step's time and the first tokens of landed requests."""
+        super().process_batch_result(batch, result)
+        is_decode = batch.forward_mode.is_decode()
+        if is_decode:
+            self.ares.after_decode_step(time.monotonic(), self._last_forward_was_decode)
+        self._last_forward_was_decode = is_decode
+
+    def on_idle(self) -> None:
+        """Upstream's housekeeping; never spin while a transfer is under way."""
+        self._last_forward_was_decode = False
+        if not self.is_fully_idle():
+            self._was_busy = True
+            super().on_idle()
+            if self.idle_sleeper is not None:
+                self.idle_sleeper.poller.poll(_STALL_POLL_MS)
+            return
+        if self._was_busy:
+            self._was_busy = False
+            self.check_integrity()
+            self.ares.report_load(self, time.monotonic(), force=True)
+        super().on_idle()
+
+    def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
+        """Not while a migration holds memory."""
+        if self.migrations is not None and self.migrations.active:
+            return False
+        idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
+        return idle
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
+        """Remember what the front sent, to send it along should the request move."""
+        self._was_busy = True
+        self.ares.note_received(recv_req)
+        super().handle_generate_request(recv_req, **kwargs)
+
+    def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
+        """A request built for a migration goes to its migration, not to the queue."""
+        if is_retracted:
+            self.ares.retracted += 1
+        elif self.migrations is not None and self.migrations.take_built(req, time.monotonic()):
+            return
+        super()._add_request_to_queue(req, is_retracted)
+
+    def abort_request(self, recv_req: AbortReq) -> None:
+        """Abort wherever the request is, in a migration too."""
+        if self.migrations is not None:
+            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, time.monotonic())
+        super().abort_request(recv_req)
+
+    def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
+        """Upstream's batch of requests whose KV has arrived; penalties of resumed ones restored."""
+        batch = super()._get_new_prebuilt_batch(running_batch)
+        if batch is not None:
+            resumed = self._host.pop_resumed(batch.reqs)
+            if resumed:
+                seed_penalties(batch, resumed, overlap=self.enable_overlap)
+        return batch
+
+    def is_movable(self, req: Req, recv_req: TokenizedGenerateReqInput) -> bool:
+        """Whether a policy may plan to move the request."""
+        return (
+            self.migrations is not None
+            and not self.migrations.is_moving(req.rid)
+            and self._host.immovable(req, recv_req) is None
+        )
+
+    def queued_requests(self) -> list[Req]:
+        """Requests here that are in no running batch."""
+        queued = [*self.waiting_queue, *self.grammar_manager.grammar_queue]
+        if self.disaggregation_mode is DisaggregationMode.DECODE:
+            queue = self.disagg_decode_prealloc_queue
+            queued += [d.req for d in queue.queue]
+            queued += [d.req for d in self.disagg_decode_transfer_queue.queue]
+            queued += queue.retracted_queue
+            assert self.migrations is not None
+            queued += self.migrations.stopped_requests()
+        elif self.disaggregation_mode is DisaggregationMode.PREFILL:
+            queued += self.disagg_prefill_bootstrap_queue.queue
+            queued += self.disagg_prefill_inflight_queue
+            if self.chunked_req is not None:
+                queued.append(self.chunked_req)
+        return queued
+
+    def live_requests(self) -> list[Req]:
+        """All requests this worker owns."""
+        running = [r for r in self.running_batch.reqs if not r.finished()]
+        if self.last_batch is not None:
+            known = {id(r) for r in running}
+            running += [
+                r for r in self.last_batch.reqs if not r.finished() and id(r) not in known
+            ]
+        return [*running, *self.queued_requests()]
+
+    def inbound_migrations(self) -> list[TargetMigration]:
+        """Migrations into this worker."""
+        return list(self.migrations.inbound.values()) if self.migrations is not None else []
+
+    def outbound_migrations(self) -> list[SourceMigration]:
+        """Migrations out of this worker."""
+        return list(self.migrations.outbound.values()) if self.migrations is not None else []
+
+    # --- integrity --------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """When idle, every pool holds what it held at start (upstream checks KV tokens and
+        request slots too; the metadata slots only here)."""
+        start, here = self._pools_at_start, pool_counters(self)
+        if start is None:
+            return
+        expected = (
+            start.kv_free + start.kv_cached,
+            start.request_slots_free,
+            start.metadata_slots_free,
+        )
+        found = (here.kv_free + here.kv_cached, here.request_slots_free, here.metadata_slots_free)
+        if found != expected:
+            logger.error(
+                "integrity check failed on worker %d: (KV tokens, request slots, metadata slots) "
+                "are %s, were %s at start",
+                self.ares.worker_id,
+                found,
+                expected,
+            )

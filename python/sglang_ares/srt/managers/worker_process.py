@@ -1,0 +1,47 @@
+"""Entry points of the child processes."""
+
+from __future__ import annotations
+
+import importlib
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    from sglang_ares.srt.managers.worker_spec import WorkerSpec
+
+
+def run_worker_process(
+    spec: WorkerSpec, port_args: PortArgs, gpu_id: int, tp_rank: int, writer: Connection
+) -> None:
+    """One tensor-parallel rank of a worker: its KV bootstrap server (rank 0) and its scheduler."""
+    from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    from sglang_ares.plugin import hook_worker
+    from sglang_ares.srt.managers.scheduler import AresScheduler
+
+    server_args = spec.server_args
+    server_args.resolve_once()
+    if tp_rank == 0:
+        backend = TransferBackend(server_args.disaggregation_transfer_backend)
+        bootstrap_server = get_kv_class(backend, KVClassType.BOOTSTRAP_SERVER)
+        bootstrap_server(spec.bootstrap_host, spec.bootstrap_port)
+    AresScheduler.spec = spec
+    hook_worker(
+        AresScheduler,
+        overlap=not server_args.disable_overlap_schedule,
+        seeded_sampling=spec.seeded_sampling,
+    )
+    # Upstream's function looks the scheduler class up in its module, where the hook put ours.
+    importlib.import_module("sglang.srt.managers.scheduler")
+    run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
+
+
+def run_detokenizer(*args: Any, **kwargs: Any) -> None:
+    """Upstream's detokenizer process."""
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
+
+    run_detokenizer_process(*args, **kwargs)

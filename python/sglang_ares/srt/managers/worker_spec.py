@@ -1,0 +1,27 @@
+"""What a worker process is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang_ares.srt.disaggregation.migration import MigrationLimits
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker. ``server_args`` are upstream's, already set to the worker's role."""
+
+    worker_id: int
+    role: str
+    server_args: ServerArgs
+    control_endpoint: str
+    controller_endpoint: str
+    bootstrap_host: str
+    bootstrap_port: int
+    report_interval_s: float
+    limits: MigrationLimits
+    seeded_sampling: bool
