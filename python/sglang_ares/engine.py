@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing as mp
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
     elif server_args.disaggregation_transfer_backend == "mooncake":
         server_args.disaggregation_transfer_backend = "nixl"
     server_args._ares_args = ares_args
-    server_args._ares_front_endpoint = f"ipc://{tempfile.mkdtemp(prefix='sglang-ares-')}/front"
+    server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
     return server_args
 
 
@@ -56,6 +57,11 @@ def _check_model_path(model_path: str) -> None:
             f"--model-path {model_path!r} does not exist. Name a folder with a Hugging Face "
             "model or a model id such as Qwen/Qwen3-8B; leave it out for the demo model."
         )
+
+
+def front_endpoint(runtime_dir: str) -> str:
+    """Where the controller listens for the front."""
+    return f"ipc://{runtime_dir}/front"
 
 
 def ares_args_of(server_args: ServerArgs) -> AresArgs:
@@ -82,7 +88,7 @@ class Engine(UpstreamEngine):
             kwargs.setdefault("log_level", "error")
             kwargs = {"server_args": prepare_server_args(ServerArgs(**kwargs), ares_args)}
         super().__init__(**kwargs)
-        self._client = FrontClient(self.server_args._ares_front_endpoint)
+        self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
 
     @classmethod
     def _launch_scheduler_processes(
@@ -102,7 +108,7 @@ class Engine(UpstreamEngine):
                 server_args,
                 port_args,
                 ares_args_of(server_args),
-                server_args._ares_front_endpoint,
+                server_args._ares_runtime_dir,
                 writer,
             ),
             name="ares-controller",
@@ -123,6 +129,13 @@ class Engine(UpstreamEngine):
             block_until_scheduler_exits=process.join,
         )
         return result, [process]
+
+    def shutdown(self) -> None:
+        """End every process and remove the sockets."""
+        if client := getattr(self, "_client", None):
+            client.close()
+        super().shutdown()
+        shutil.rmtree(self.server_args._ares_runtime_dir, ignore_errors=True)
 
     # --- ARES -------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
+import shutil
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -76,12 +78,14 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang.srt.entrypoints.http_server import _setup_and_run_http_server, app
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from sglang_ares.engine import Engine, prepare_server_args
+    from sglang_ares.engine import Engine, front_endpoint, prepare_server_args
     from sglang_ares.srt.entrypoints.admin_api import ares_router
     from sglang_ares.srt.entrypoints.front_client import FrontClient
 
-    server_args = prepare_server_args(server_args, ares_args)
     check_port(server_args.host, server_args.port)
+    server_args = prepare_server_args(server_args, ares_args)
+    runtime_dir = server_args._ares_runtime_dir
+    atexit.register(shutil.rmtree, runtime_dir, ignore_errors=True)
     tokenizer_manager, template_manager, port_args, started, watchdog, _ = (
         Engine._launch_subprocesses(
             server_args=server_args,
@@ -90,7 +94,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
             run_detokenizer_process_func=Engine.run_detokenizer_process_func,
         )
     )
-    client = FrontClient(server_args._ares_front_endpoint)
+    client = FrontClient(front_endpoint(runtime_dir))
     app.include_router(ares_router(client))
     _setup_and_run_http_server(
         server_args,

@@ -91,6 +91,8 @@ class WorkerCluster:
                     max_inbound=ares_args.max_migrations_per_worker,
                 ),
                 seeded_sampling=worker_args.sampling_backend == "pytorch",
+                cluster_size=len(roles),
+                loads_instance_id=port_args.instance_id,
             )
             self.workers.append(WorkerProcess(spec, _worker_port_args(worker_args, port_args)))
 

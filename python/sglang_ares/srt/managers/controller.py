@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,6 +40,7 @@ from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
+from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -66,19 +65,20 @@ class AresController(DataParallelController):
     """
 
     ares_args: ClassVar[AresArgs]
-    front_endpoint: ClassVar[str]
+    runtime_dir: ClassVar[str]
 
     # --- construction: upstream's steps -----------------------------------------------------
 
     def launch_dp_schedulers(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         """Start the workers, connect to them and introduce them to each other."""
-        self._runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
-        self._mailbox = Mailbox(self.context, f"ipc://{self._runtime_dir}/controller")
+        from sglang_ares.engine import front_endpoint
+
+        self._mailbox = Mailbox(self.context, f"ipc://{self.runtime_dir}/controller")
         self._front = self.context.socket(zmq.ROUTER)
         self._front.setsockopt(zmq.LINGER, 0)
-        self._front.bind(self.front_endpoint)
+        self._front.bind(front_endpoint(self.runtime_dir))
         self.cluster = WorkerCluster(
-            server_args, port_args, self.ares_args, self._runtime_dir, self._mailbox.endpoint
+            server_args, port_args, self.ares_args, self.runtime_dir, self._mailbox.endpoint
         )
         self.workers = [
             get_zmq_socket(self.context, zmq.PUSH, w.port_args.scheduler_input_ipc_name, True)
@@ -132,7 +132,7 @@ class AresController(DataParallelController):
         self._next_migration_id = 1
         # Queries of the front that wait for a migration's outcome: (identity, query id).
         self._waiting: dict[int, tuple[bytes, int]] = {}
-        self._seeds = random.SystemRandom()
+        self._seeds = SampleSeeds()
         self.dropped_frames = 0
         self.metrics = ControllerMetrics.create(self.server_args)
 
@@ -153,9 +153,8 @@ class AresController(DataParallelController):
         source = self.cluster.workers[prefill].spec
         req.bootstrap_host = source.bootstrap_host
         req.bootstrap_port = source.bootstrap_port
-        req.bootstrap_room = self._seeds.getrandbits(62)
-        if req.sampling_params.sampling_seed is None:
-            req.sampling_params.sampling_seed = self._seeds.getrandbits(62)
+        req.bootstrap_room = random.SystemRandom().getrandbits(62)
+        req.sampling_params.sampling_seed = self._seeds.seed_for(req)
         sock_send(self.workers[prefill], req)
         sock_send(self.workers[decode], req)
         self.state.note_dispatch(req.rid, prefill, decode, new.prompt_tokens)
@@ -274,19 +273,16 @@ class AresController(DataParallelController):
             poller.register(socket, zmq.POLLIN)
         for sentinel in self.cluster.sentinels:
             poller.register(sentinel, zmq.POLLIN)
-        try:
-            while True:
-                self.soft_watchdog.feed()
-                until_round_ms = 1e3 * (self._next_round - time.monotonic())
-                poller.poll(max(0, min(_POLL_MS, until_round_ms)))
-                self._serve_tokenizer()
-                for frame in self._mailbox.drain():
-                    self._on_worker_message(frame)
-                self._serve_front()
-                self._reschedule_when_due()
-                self._check_workers()
-        finally:
-            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        while True:
+            self.soft_watchdog.feed()
+            until_round_ms = 1e3 * (self._next_round - time.monotonic())
+            poller.poll(max(0, min(_POLL_MS, until_round_ms)))
+            self._serve_tokenizer()
+            for frame in self._mailbox.drain():
+                self._on_worker_message(frame)
+            self._serve_front()
+            self._reschedule_when_due()
+            self._check_workers()
 
     def _serve_tokenizer(self) -> None:
         while True:
@@ -330,13 +326,13 @@ def run_controller_process(
     server_args: ServerArgs,
     port_args: PortArgs,
     ares_args: AresArgs,
-    front_endpoint: str,
+    runtime_dir: str,
     writer: Connection,
 ) -> None:
     """Entry point of the controller's process."""
     from sglang_ares.plugin import hook_controller
 
     AresController.ares_args = ares_args
-    AresController.front_endpoint = front_endpoint
+    AresController.runtime_dir = runtime_dir
     hook_controller(AresController)
     run_data_parallel_controller_process(server_args, port_args, writer)

@@ -16,6 +16,7 @@ from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
 from sglang_ares.srt.managers.io_struct import ConnectPeers, StartMigration
+from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from sglang_ares.srt.managers.output_streamer import DecodeOutputStreamer, PrefillOutputStreamer
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
@@ -56,7 +57,7 @@ class AresScheduler(Scheduler):
         self._was_busy = False
         self._last_forward_was_decode = False
         super().__init__(server_args, port_args)
-        self._pools_at_start = pool_counters(self)
+        self._pools_at_start = pool_counters(self, idle=True)
 
     # --- construction: upstream's init_* steps ----------------------------------------------
 
@@ -65,6 +66,8 @@ class AresScheduler(Scheduler):
         super().init_ipc_channels(port_args)
         self._ares_rank_zero = get_parallel().attn_tp_rank == 0
         self.ares = WorkerAgent(self.spec, speaks=self._ares_rank_zero)
+        if self._ares_rank_zero:
+            self.load_snapshot_writer = WorkerLoadWriter(self.spec)
 
     def init_idle_sleeper(self) -> None:
         """An idle worker wakes up for control messages too."""
@@ -241,7 +244,7 @@ class AresScheduler(Scheduler):
     def check_integrity(self) -> None:
         """When idle, every pool holds what it held at start (upstream checks KV tokens and
         request slots too; the metadata slots only here)."""
-        start, here = self._pools_at_start, pool_counters(self)
+        start, here = self._pools_at_start, pool_counters(self, idle=True)
         if start is None:
             return
         expected = (

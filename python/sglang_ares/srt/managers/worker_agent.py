@@ -167,7 +167,7 @@ class WorkerAgent:
                 worker_id=self.worker_id,
                 load=self._load(scheduler, now),
                 finished=finished,
-                pools=pool_counters(scheduler),
+                pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
                 migrations_out=len(scheduler.outbound_migrations()),
                 retracted=self.retracted,
@@ -215,7 +215,7 @@ class WorkerAgent:
         )
 
 
-def pool_counters(scheduler: AresScheduler) -> PoolCounters:
+def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:
     """Free slots and tokens of every pool a request draws from."""
     return PoolCounters(
         kv_free=int(scheduler.token_to_kv_pool_allocator.available_size()),
@@ -225,5 +225,5 @@ def pool_counters(scheduler: AresScheduler) -> PoolCounters:
             scheduler.req_to_metadata_buffer_idx_allocator.available_size()
         ),
         requests=len(scheduler.live_requests()),
-        idle=scheduler.is_fully_idle(),
+        idle=idle,
     )

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One worker. ``server_args`` are upstream's, already set to the worker's role."""
+    """One worker. ``server_args`` are upstream's, already set to the worker's role;
+    ``loads_instance_id`` names the shared memory that ``/v1/loads`` reads."""
 
     worker_id: int
     role: str
@@ -25,3 +26,5 @@ class WorkerSpec:
     report_interval_s: float
     limits: MigrationLimits
     seeded_sampling: bool
+    cluster_size: int
+    loads_instance_id: str

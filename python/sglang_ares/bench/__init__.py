@@ -1,0 +1,1 @@
+"""Replay one workload against a cluster, compare the answers, report the figures."""
