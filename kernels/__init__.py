@@ -1,0 +1,1 @@
+"""GPU kernels of SGLang-ARES, installed as ``sglang_ares_kernels``."""
