@@ -1,0 +1,89 @@
+"""Starts and stops real servers for the process-level tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+START_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server. ``pid``: its main process."""
+
+    url: str
+    pid: int
+    log: Path
+
+    def status(self) -> dict[str, Any]:
+        """The document of ``GET /ares/status``."""
+        document: dict[str, Any] = httpx.get(f"{self.url}/ares/status", timeout=30).json()
+        return document
+
+    def decode_workers(self) -> list[int]:
+        """Ids of the decode workers."""
+        return [w["id"] for w in self.status()["workers"] if w["role"] == "decode"]
+
+    def wait_until_idle(self, timeout_s: float = 30) -> dict[str, Any]:
+        """The status once every worker has reported that it is idle."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            status = self.status()
+            if all(w["pools"]["idle"] for w in status["workers"]) and not status["requests"]:
+                return status
+            time.sleep(0.2)
+        raise AssertionError(f"not idle after {timeout_s} s: {status}")
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_server(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], Server]:
+    """Start ``python -m sglang_ares.launch_server`` and wait until it answers."""
+    port = free_port()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port), *flags],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process.pid, log)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return process, server
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    stop_server(process)
+    raise AssertionError(f"the server did not start; its log ends:\n{log.read_text()[-4000:]}")
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """End the server as Ctrl-C does; by force after a while."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
