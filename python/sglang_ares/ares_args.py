@@ -33,9 +33,7 @@ class AresArgs:
         "How running requests are moved between decode workers.",
         choices=RESCHEDULING.names(),
     )
-    reschedule_interval: float = _flag(
-        1.0, "Seconds between two rescheduling rounds.", metavar="S"
-    )
+    reschedule_interval: float = _flag(1.0, "Seconds between two rescheduling rounds.", metavar="S")
     report_interval: float = _flag(
         0.2, "Seconds between two load reports of a worker.", metavar="S"
     )
@@ -127,7 +125,9 @@ class AresArgs:
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> AresArgs:
         """The flags of a parsed command line."""
-        return cls(**{f.name: getattr(namespace, f"ares_{f.name}") for f in dataclasses.fields(cls)})
+        return cls(
+            **{f.name: getattr(namespace, f"ares_{f.name}") for f in dataclasses.fields(cls)}
+        )
 
     @classmethod
     def pop_from_kwargs(cls, kwargs: dict[str, Any]) -> AresArgs:

@@ -15,9 +15,7 @@ from sglang_ares.srt.sampling.seeded import min_p_before, multinomial_with_seed
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
 SAMPLING_INFO = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
-PENALTY_FEED = (
-    "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens"
-)
+PENALTY_FEED = "sglang.srt.managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens"
 
 SEEDED_DRAW = "sglang.srt.layers.sampler.multinomial_with_seed"
 TORCH_SAMPLER = "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch"

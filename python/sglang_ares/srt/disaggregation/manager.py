@@ -78,11 +78,6 @@ class MigrationManager:
         """Whether any memory or buffer is held for a migration."""
         return bool(self.outbound or self.inbound)
 
-    @property
-    def inbound_count(self) -> int:
-        """Requests on their way in."""
-        return len(self.inbound)
-
     def is_moving(self, rid: str) -> bool:
         """Whether the request is on its way out."""
         return any(m.record.rid == rid and not m.record.final for m in self.outbound.values())
@@ -214,9 +209,7 @@ class MigrationManager:
         elif isinstance(message, Cancel):
             self._host.send(
                 message.source,
-                Cancelled(
-                    migration_id=message.migration_id, worker_id=self._host.worker_id
-                ),
+                Cancelled(migration_id=message.migration_id, worker_id=self._host.worker_id),
             )
 
     def _after_commit(self, message: Commit | Cancel | ForwardAbort) -> None:
@@ -225,9 +218,7 @@ class MigrationManager:
         else:
             self._host.send(
                 message.source,
-                Committed(
-                    migration_id=message.migration_id, worker_id=self._host.worker_id
-                ),
+                Committed(migration_id=message.migration_id, worker_id=self._host.worker_id),
             )
 
     def _to_source(

@@ -85,11 +85,7 @@ CLUSTER: tuple[Refusal, ...] = (
         "--grpc-mode, --smg-grpc-mode, --use-ray, --encoder-only, --enable-pdmux",
         "These replace the front or the scheduler that ARES extends.",
         "Drop the flag.",
-        lambda a: a.grpc_mode
-        or a.smg_grpc_mode
-        or a.use_ray
-        or a.encoder_only
-        or a.enable_pdmux,
+        lambda a: a.grpc_mode or a.smg_grpc_mode or a.use_ray or a.encoder_only or a.enable_pdmux,
     ),
 )
 

@@ -144,9 +144,7 @@ def capture(req: Req) -> RequestState:
         output_ids=pack_ids(req.output_ids),
         plain={name: getattr(req, name) for name in _PLAIN_ATTRIBUTES},
         detokenized=getattr(req, "cur_decode_ids_len", None),
-        logprobs={
-            name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES
-        },
+        logprobs={name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES},
     )
 
 
@@ -158,8 +156,7 @@ def restore(req: Req, state: RequestState) -> None:
     if req.surr_offset is not None and state.detokenized is not None:
         req.cur_decode_ids_len = state.detokenized
         req.surr_and_decode_ids = (
-            req.origin_input_ids_unpadded[req.surr_offset :]
-            + req.output_ids[: state.detokenized]
+            req.origin_input_ids_unpadded[req.surr_offset :] + req.output_ids[: state.detokenized]
         )
     for name, values in state.logprobs.items():
         setattr(req.logprob, name, values)

@@ -184,9 +184,7 @@ class SourceMigration:
         elif self.record.state in (SourceState.HANDOVER, SourceState.RECALLING):
             self._host.send(
                 self.record.target,
-                ForwardAbort(
-                    migration_id=self.record.migration_id, source=self._host.worker_id
-                ),
+                ForwardAbort(migration_id=self.record.migration_id, source=self._host.worker_id),
             )
 
     # --- time -------------------------------------------------------------------------------

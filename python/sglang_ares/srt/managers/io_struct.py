@@ -35,13 +35,13 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap_port: int
 
 
-class ConnectPeers(Message):
+class ConnectPeers(Message, frozen=True, kw_only=True):
     """All workers of the cluster; sent once every worker is up."""
 
     peers: list[Peer]
 
 
-class StartMigration(Message):
+class StartMigration(Message, frozen=True, kw_only=True):
     """Move ``rid`` to worker ``target``."""
 
     migration_id: int
@@ -63,7 +63,7 @@ class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
     idle: bool
 
 
-class WorkerReport(Message):
+class WorkerReport(Message, frozen=True, kw_only=True):
     """A worker's load, and the requests that left it since its last report.
 
     ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
@@ -79,7 +79,7 @@ class WorkerReport(Message):
     decode_step_ms: float
 
 
-class MigrationResult(Message):
+class MigrationResult(Message, frozen=True, kw_only=True):
     """How a migration ended, told by its source.
 
     ``outcome``: completed, refused, failed or cancelled; ``reason`` says why unless completed.
@@ -97,7 +97,7 @@ class MigrationResult(Message):
     duration_s: float
 
 
-class Landed(Message):
+class Landed(Message, frozen=True, kw_only=True):
     """The target emitted its first token of a moved request ``blackout_s`` after the last one
     of the source (wall clocks of both hosts)."""
 
@@ -110,7 +110,7 @@ class Landed(Message):
 # --- worker -> worker -----------------------------------------------------------------------
 
 
-class Offer(Message):
+class Offer(Message, frozen=True, kw_only=True):
     """Source: take this request? It holds ``tokens`` of KV now and may grow by ``headroom``
     until the hand-over. ``room`` names the KV transfer."""
 
@@ -123,7 +123,7 @@ class Offer(Message):
     output_ids: bytes
 
 
-class Accept(Message):
+class Accept(Message, frozen=True, kw_only=True):
     """Target: memory is reserved; send KV from token ``prefix_tokens`` on."""
 
     migration_id: int
@@ -131,7 +131,7 @@ class Accept(Message):
     prefix_tokens: int
 
 
-class Refuse(Message):
+class Refuse(Message, frozen=True, kw_only=True):
     """Target: no, for ``reason`` (a key of the refusal table, then free text)."""
 
     migration_id: int
@@ -139,7 +139,7 @@ class Refuse(Message):
     reason: str
 
 
-class Commit(Message):
+class Commit(Message, frozen=True, kw_only=True):
     """Source: it has stopped; this is its final state, and the last KV pages are on their way.
 
     ``stopped_at``: wall clock (s) of the last step on the source.
@@ -152,14 +152,14 @@ class Commit(Message):
     stopped_at: float
 
 
-class Committed(Message):
+class Committed(Message, frozen=True, kw_only=True):
     """Target: state and KV are complete; it owns the request from here on."""
 
     migration_id: int
     worker_id: int
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True, kw_only=True):
     """Source: forget this migration; no byte of it is in flight any more."""
 
     migration_id: int
@@ -167,14 +167,14 @@ class Cancel(Message):
     reason: str
 
 
-class Cancelled(Message):
+class Cancelled(Message, frozen=True, kw_only=True):
     """Target: forgotten, its memory is free again; the source owns the request."""
 
     migration_id: int
     worker_id: int
 
 
-class TransferFailed(Message):
+class TransferFailed(Message, frozen=True, kw_only=True):
     """Target: the KV did not arrive; it waits for ``Cancel`` before it frees the memory."""
 
     migration_id: int
@@ -182,7 +182,7 @@ class TransferFailed(Message):
     reason: str
 
 
-class ForwardAbort(Message):
+class ForwardAbort(Message, frozen=True, kw_only=True):
     """Source: the client aborted the request after ``Commit`` had gone out."""
 
     migration_id: int
@@ -192,19 +192,19 @@ class ForwardAbort(Message):
 # --- front <-> controller -------------------------------------------------------------------
 
 
-class StatusQuery(Message):
+class StatusQuery(Message, frozen=True, kw_only=True):
     """Ask for the cluster's status."""
 
     query_id: int
 
 
-class RequestsQuery(Message):
+class RequestsQuery(Message, frozen=True, kw_only=True):
     """Ask for the live requests."""
 
     query_id: int
 
 
-class MigrateQuery(Message):
+class MigrateQuery(Message, frozen=True, kw_only=True):
     """Ask for a migration, and for its outcome."""
 
     query_id: int
@@ -212,7 +212,7 @@ class MigrateQuery(Message):
     target: int
 
 
-class QueryReply(Message):
+class QueryReply(Message, frozen=True, kw_only=True):
     """Answer to any query: an HTTP status and a JSON document (as bytes)."""
 
     query_id: int

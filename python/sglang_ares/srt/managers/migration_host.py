@@ -125,7 +125,7 @@ class SchedulerMigrationHost:
         scheduler = self._scheduler
         if scheduler._engine_paused:
             return "engine paused"
-        if scheduler.migrations.inbound_count > self._limits.max_inbound:
+        if len(scheduler.inbound_migrations()) > self._limits.max_inbound:
             return "too many migrations inbound"
         if scheduler.disagg_decode_prealloc_queue.retracted_queue:
             return "no KV memory: requests are retracted here"
@@ -140,7 +140,7 @@ class SchedulerMigrationHost:
         if scheduler.req_to_token_pool.available_size() <= 0:
             return None
         budget = queue._allocatable_token_budgets(
-            count_retracted=True, extra_reserved_reqs=scheduler.migrations.inbound_count
+            count_retracted=True, extra_reserved_reqs=len(scheduler.inbound_migrations())
         )
         if self.link.page_count(offer.tokens + offer.headroom) * self.link.page_size > budget:
             return None

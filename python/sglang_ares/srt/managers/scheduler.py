@@ -226,9 +226,7 @@ class AresScheduler(Scheduler):
         running = [r for r in self.running_batch.reqs if not r.finished()]
         if self.last_batch is not None:
             known = {id(r) for r in running}
-            running += [
-                r for r in self.last_batch.reqs if not r.finished() and id(r) not in known
-            ]
+            running += [r for r in self.last_batch.reqs if not r.finished() and id(r) not in known]
         return [*running, *self.queued_requests()]
 
     def inbound_migrations(self) -> list[TargetMigration]:

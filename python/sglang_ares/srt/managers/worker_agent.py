@@ -188,12 +188,8 @@ class WorkerAgent:
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
-            queued_tokens=sum(
-                len(r.origin_input_ids) for r in queued if not r.kv.holds_kv
-            ),
-            requests=tuple(
-                self._request_load(scheduler, r, now) for r in (*running, *queued)
-            ),
+            queued_tokens=sum(len(r.origin_input_ids) for r in queued if not r.kv.holds_kv),
+            requests=tuple(self._request_load(scheduler, r, now) for r in (*running, *queued)),
         )
 
     def _request_load(self, scheduler: AresScheduler, req: Any, now: float) -> RequestLoad:
@@ -221,9 +217,7 @@ def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:
         kv_free=int(scheduler.token_to_kv_pool_allocator.available_size()),
         kv_cached=int(scheduler.tree_cache.evictable_size()),
         request_slots_free=int(scheduler.req_to_token_pool.available_size()),
-        metadata_slots_free=int(
-            scheduler.req_to_metadata_buffer_idx_allocator.available_size()
-        ),
+        metadata_slots_free=int(scheduler.req_to_metadata_buffer_idx_allocator.available_size()),
         requests=len(scheduler.live_requests()),
         idle=idle,
     )

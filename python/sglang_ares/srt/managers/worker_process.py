@@ -6,9 +6,8 @@ import importlib
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
-    from sglang.srt.server_args import PortArgs, ServerArgs
+    from sglang.srt.server_args import PortArgs
 
     from sglang_ares.srt.managers.worker_spec import WorkerSpec
 

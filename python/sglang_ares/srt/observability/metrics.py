@@ -58,9 +58,7 @@ class ControllerMetrics:
             elif kind == "histogram":
                 self._series[name] = Histogram(full, text, label_names, buckets=_SECONDS)
             else:
-                self._series[name] = Gauge(
-                    full, text, label_names, multiprocess_mode="mostrecent"
-                )
+                self._series[name] = Gauge(full, text, label_names, multiprocess_mode="mostrecent")
 
     @staticmethod
     def create(server_args: ServerArgs) -> ControllerMetrics:

@@ -84,8 +84,8 @@ class _HostEvent:
 
 def _run_in_order() -> None:
     """Upstream's prefill loop records CUDA events by name; on a CPU nothing is asynchronous."""
-    torch.cuda.Event = _HostEvent  # type: ignore[misc, assignment]
-    torch.cuda.current_stream = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.Event = _HostEvent
+    torch.cuda.current_stream = lambda *args, **kwargs: None
 
 
 def _register_kv_as_dram() -> None:
@@ -131,12 +131,12 @@ def _platform_class() -> type:
         def get_mha_kv_pool_cls(self) -> type:
             from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-            return MHATokenToKVPool  # type: ignore[no-any-return]
+            return MHATokenToKVPool
 
         def get_paged_allocator_cls(self) -> type:
             from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 
-            return PagedTokenToKVPoolAllocator  # type: ignore[no-any-return]
+            return PagedTokenToKVPoolAllocator
 
     AresCpuPlatform.__module__ = __name__
     AresCpuPlatform.__qualname__ = "AresCpuPlatform"

@@ -2,8 +2,9 @@
 
 Upstream samples by seed only under ``--enable-deterministic-inference``, on a CPU only with
 kernels built from source, and its draw depends on what else is in the batch. Here every request
-has a seed, and the draw is plain torch on any device: one uniform number per row, hashed from seed and position, then the inverse of the cumulative
-distribution over the tokens in order of probability.
+has a seed, and the draw is plain torch on any device: one uniform number per row, hashed from
+seed and position, then the inverse of the cumulative distribution over the tokens in order of
+probability.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One float64 in [0, 1) per row; ``seed`` and ``positions`` are integer tensors of shape (n,)."""
+    """One float64 in [0, 1) per row; ``seed`` and ``positions`` are integers of shape (n,)."""
     state = _mix(seed.to(torch.int64) + _GOLDEN)
     state = _mix(state + (positions.to(torch.int64) + 1) * _GOLDEN)
     return _shift_right(state, 11).to(torch.float64) * _UNIT

@@ -9,8 +9,6 @@ from sglang_ares.srt.policy.types import Move, RescheduleLimits, WorkerLoad
 
 
 @RESCHEDULING.register("none")
-def no_rescheduling(
-    workers: Sequence[WorkerLoad], limits: RescheduleLimits
-) -> tuple[Move, ...]:
+def no_rescheduling(workers: Sequence[WorkerLoad], limits: RescheduleLimits) -> tuple[Move, ...]:
     """Never a move."""
     return ()

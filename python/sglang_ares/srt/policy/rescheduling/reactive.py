@@ -20,9 +20,7 @@ def reactive(workers: Sequence[WorkerLoad], limits: RescheduleLimits) -> tuple[M
     load = {w.worker_id: w.load_tokens for w in workers}
     free = {w.worker_id: w.free_tokens for w in workers}
     candidates = {
-        w.worker_id: [
-            r for r in w.requests if r.movable and r.since_move_s >= limits.cooldown_s
-        ]
+        w.worker_id: [r for r in w.requests if r.movable and r.since_move_s >= limits.cooldown_s]
         for w in workers
     }
     mean = sum(load.values()) / len(load)
@@ -49,9 +47,7 @@ def reactive(workers: Sequence[WorkerLoad], limits: RescheduleLimits) -> tuple[M
     return tuple(moves)
 
 
-def _nearest_to_half_gap(
-    requests: list[RequestLoad], gap: int, room: int
-) -> RequestLoad | None:
+def _nearest_to_half_gap(requests: list[RequestLoad], gap: int, room: int) -> RequestLoad | None:
     """The request that fits ``room`` and is nearest to half of ``gap`` tokens.
 
     Only a request smaller than the gap qualifies: a larger one would swap the two workers'
