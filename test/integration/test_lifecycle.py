@@ -1,0 +1,114 @@
+"""Starting and ending: clear errors before anything starts, no orphans afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from integration.servers import start_server, stop_server
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+# Flags -> what the error must name: the flag, and the remedy.
+BAD_STARTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("--ares-decode-workers", "0"): ("--ares-decode-workers is 0", "at least 1"),
+    ("--ares-prefill-workers", "0"): ("--ares-prefill-workers is 0", "at least 1"),
+    ("--model-path", "/no/such/model"): ("--model-path", "/no/such/model", "does not exist"),
+    ("--port", "TAKEN"): ("--port", "choose another"),
+    ("--pp-size", "2"): ("--pp-size", "--tp-size"),
+    ("--dp-size", "2"): ("--dp-size", "--ares-decode-workers"),
+    ("--speculative-algorithm", "NGRAM"): ("--speculative-algorithm", "Drop"),
+    ("--disaggregation-mode", "decode"): ("--disaggregation-mode", "--ares-decode-workers"),
+}
+
+
+def test_bad_starts_name_the_flag_and_the_remedy() -> None:
+    """Each ends at once with status 2 and one line, before any worker starts."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for flags, expected in BAD_STARTS.items():
+            given = [port if f == "TAKEN" else f for f in flags]
+            run = subprocess.run(
+                [sys.executable, "-m", "sglang_ares.launch_server", *given],
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert run.returncode == 2, (flags, run.stderr[-2000:])
+            error = next(x for x in run.stderr.splitlines() if x.startswith("error: "))
+            assert all(part in error for part in expected), (flags, error)
+
+
+def test_help_shows_the_ares_flags_as_a_group() -> None:
+    """``--help`` lists them apart from upstream's."""
+    run = subprocess.run(
+        [sys.executable, "-m", "sglang_ares.launch_server", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0
+    group = run.stdout.split("ARES:")[1]
+    assert "--ares-decode-workers" in group and "--model-path" in run.stdout
+
+
+def test_engine_leaves_no_process_behind(tmp_path: Path) -> None:
+    """The embedded engine, as a script would use it: a context manager that cleans up."""
+    script = tmp_path / "use_engine.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from sglang_ares import Engine
+
+            def main():
+                with Engine(ares_decode_workers=1) as engine:
+                    answer = engine.generate("sort 9 3 5\\n", {"temperature": 0})
+                    assert answer["meta_info"]["finish_reason"]["type"] == "stop", answer
+                    workers = engine.ares_status()["workers"]
+                    print("PIDS", *(pid for w in workers for pid in w["pids"]), flush=True)
+
+            if __name__ == "__main__":
+                main()
+            """
+        )
+    )
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    line = next(x for x in run.stdout.splitlines() if x.startswith("PIDS"))
+    pids = [int(p) for p in line.split()[1:]]
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(p) for p in pids)
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "worker killed"])
+def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
+    """Ctrl-C, and the death of a worker, end every process of the server."""
+    process, server = start_server(tmp_path / "log", "--ares-decode-workers=1")
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 4
+        if how == "ctrl-c":
+            os.kill(process.pid, signal.SIGINT)
+        else:
+            victim = next(w for w in server.status()["workers"] if w["role"] == "decode")
+            os.kill(victim["pids"][0], signal.SIGKILL)
+        process.wait(90)
+        deadline = time.monotonic() + 20
+        while any(p.is_running() for p in family) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not [p for p in family if p.is_running() and p.status() != "zombie"]
+        if how == "worker killed":
+            assert "decode worker 1 died (exit code -9)" in server.log.read_text()
+    finally:
+        stop_server(process)
