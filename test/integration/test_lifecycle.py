@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -37,27 +38,24 @@ def test_bad_starts_name_the_flag_and_the_remedy() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for flags, expected in BAD_STARTS.items():
-            given = [port if f == "TAKEN" else f for f in flags]
-            run = subprocess.run(
-                [sys.executable, "-m", "sglang_ares.launch_server", *given],
-                capture_output=True,
-                text=True,
-                timeout=120,
-            )
-            assert run.returncode == 2, (flags, run.stderr[-2000:])
-            error = next(x for x in run.stderr.splitlines() if x.startswith("error: "))
-            assert all(part in error for part in expected), (flags, error)
+        with ThreadPoolExecutor(4) as pool:
+            runs = list(pool.map(lambda flags: launch(*flags, port=port), BAD_STARTS))
+    for (flags, expected), run in zip(BAD_STARTS.items(), runs, strict=True):
+        assert run.returncode == 2, (flags, run.stderr[-2000:])
+        error = next(x for x in run.stderr.splitlines() if x.startswith("error: "))
+        assert all(part in error for part in expected), (flags, error)
+
+
+def launch(*flags: str, port: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the server's command line, which is expected to end by itself."""
+    given = [port if f == "TAKEN" else f for f in flags]
+    command = [sys.executable, "-m", "sglang_ares.launch_server", *given]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=200)
 
 
 def test_help_shows_the_ares_flags_as_a_group() -> None:
     """``--help`` lists them apart from upstream's."""
-    run = subprocess.run(
-        [sys.executable, "-m", "sglang_ares.launch_server", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = launch("--help")
     assert run.returncode == 0
     group = run.stdout.split("ARES:")[1]
     assert "--ares-decode-workers" in group and "--model-path" in run.stdout
@@ -83,7 +81,9 @@ def test_engine_leaves_no_process_behind(tmp_path: Path) -> None:
             """
         )
     )
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     line = next(x for x in run.stdout.splitlines() if x.startswith("PIDS"))
     pids = [int(p) for p in line.split()[1:]]

@@ -30,26 +30,26 @@ class Mover(threading.Thread):
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
         self._server = server
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self.completed = 0
 
     def run(self) -> None:
         workers = self._server.decode_workers()
         with httpx.Client(base_url=self._server.url, timeout=60) as client:
-            while not self._stop.is_set():
+            while not self._ended.is_set():
                 for request in client.get("/ares/requests").json():
                     target = next(w for w in workers if w != request["worker"])
                     body = {"rid": request["rid"], "target": target}
                     answer = client.post("/ares/migrate", json=body)
                     self.completed += answer.json()["outcome"] == "completed"
-                self._stop.wait(0.01)
+                self._ended.wait(0.01)
 
     def __enter__(self) -> Mover:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join(60)
 
 

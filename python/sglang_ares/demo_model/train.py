@@ -146,7 +146,6 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
-        top_k=0,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from fastapi.responses import ORJSONResponse
+from fastapi.responses import Response
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
@@ -25,19 +25,19 @@ def ares_router(client: FrontClient) -> APIRouter:
 
     @router.get("/status")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def status() -> ORJSONResponse:
+    async def status() -> Response:
         """Workers, migrations, policies and uptime."""
         return await _answer(client.status())
 
     @router.get("/requests")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def requests() -> ORJSONResponse:
+    async def requests() -> Response:
         """The live requests: rid, worker, tokens, age_s."""
         return await _answer(client.requests())
 
     @router.post("/migrate")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def migrate(request: Request) -> ORJSONResponse:
+    async def migrate(request: Request) -> Response:
         """Move a request to a decode worker; answers with the outcome."""
         try:
             body = msgspec.json.decode(await request.body(), type=MigrateBody)
@@ -48,13 +48,17 @@ def ares_router(client: FrontClient) -> APIRouter:
     return router
 
 
-async def _answer(query: Any) -> ORJSONResponse:
+async def _answer(query: Any) -> Response:
     try:
         status, document = await query
     except ControllerTimeoutError as error:
         return _error(504, str(error))
-    return ORJSONResponse(document, status_code=status)
+    return _json(status, document)
 
 
-def _error(status: int, reason: str) -> ORJSONResponse:
-    return ORJSONResponse({"outcome": "refused", "reason": reason}, status_code=status)
+def _error(status: int, reason: str) -> Response:
+    return _json(status, {"outcome": "refused", "reason": reason})
+
+
+def _json(status: int, document: Any) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")

@@ -7,6 +7,7 @@ declines wherever an accelerator is present. Upstream's own CPU mode
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 CPU_MAX_TOTAL_TOKENS = 65_536
+NIXL_PROGRESS_DELAY_US = 1000
 
 # Raw server argument -> what a CPU worker needs, where the operator said nothing.
 CPU_DEFAULTS: dict[str, Any] = {
@@ -108,6 +110,26 @@ def _register_kv_as_dram() -> None:
             setattr(nixl_agent, name, as_dram(method))
 
 
+def _calm_progress_threads() -> None:
+    """NIXL's progress threads poll without a pause, which suits a host with a core for each.
+    Here they share few cores with the model: let them look once in a while."""
+    if importlib.util.find_spec("nixl") is None:
+        return
+    bindings = importlib.import_module("nixl._api").nixlBind
+    if getattr(bindings.nixlAgentConfig, "__ares_calm__", False):
+        return
+
+    class CalmAgentConfig(bindings.nixlAgentConfig):  # type: ignore[name-defined]
+        """The agent's configuration, whose delay (µs) is ours."""
+
+        __ares_calm__ = True
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, NIXL_PROGRESS_DELAY_US if name == "pthrDelay" else value)
+
+    bindings.nixlAgentConfig = CalmAgentConfig
+
+
 def _platform_class() -> type:
     from sglang.srt.platforms.cpu import CpuDeviceMixin
     from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -121,6 +143,7 @@ def _platform_class() -> type:
         def __init__(self) -> None:
             _run_in_order()
             _register_kv_as_dram()
+            _calm_progress_threads()
 
         def get_default_attention_backend(self) -> str:
             return "torch_native"
