@@ -37,6 +37,7 @@ from sglang_ares.srt.managers.io_struct import (
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
@@ -332,6 +333,7 @@ def run_controller_process(
     """Entry point of the controller's process."""
     from sglang_ares.plugin import hook_controller
 
+    leave_ctrl_c_to_the_front()
     AresController.ares_args = ares_args
     AresController.runtime_dir = runtime_dir
     hook_controller(AresController)

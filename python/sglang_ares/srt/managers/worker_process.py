@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,16 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.worker_spec import WorkerSpec
 
 
+def leave_ctrl_c_to_the_front() -> None:
+    """A terminal's Ctrl-C reaches every process; only the front decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def run_worker_process(
     spec: WorkerSpec, port_args: PortArgs, gpu_id: int, tp_rank: int, writer: Connection
 ) -> None:
     """One tensor-parallel rank of a worker: its KV bootstrap server (rank 0) and its scheduler."""
+    leave_ctrl_c_to_the_front()
     from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
     from sglang.srt.managers.scheduler import run_scheduler_process
 
@@ -41,6 +48,7 @@ def run_worker_process(
 
 def run_detokenizer(*args: Any, **kwargs: Any) -> None:
     """Upstream's detokenizer process."""
+    leave_ctrl_c_to_the_front()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
     run_detokenizer_process(*args, **kwargs)
