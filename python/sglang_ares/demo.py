@@ -23,7 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sglang_ares.bench.compare import Mismatch, mismatches
-from sglang_ares.bench.embedded import engine_stream
+from sglang_ares.bench.embedded import (
+    ClusterFailedError,
+    engine_stream,
+    failing_with_the_cluster,
+    output_to,
+    start_engine,
+)
 from sglang_ares.bench.plot import plot_kv_over_time
 from sglang_ares.bench.replay import Run, replay
 from sglang_ares.bench.report import (
@@ -60,6 +66,7 @@ class DemoArgs:
     ares_placement: str
     ares_reschedule_interval: float
     ares_min_gap_tokens: int
+    ares_move_cooldown: float
     ares_max_moves: int
 
     def ares_kwargs(self) -> dict[str, Any]:
@@ -75,41 +82,22 @@ def parse_args(argv: list[str]) -> DemoArgs:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--requests", type=int, default=200, help="requests to replay, in each of two runs")
+    add("--requests", type=int, default=300, help="requests to replay, in each of two runs")
     add("--seed", type=int, default=0, help="seed of prompts, arrival times and answers")
-    add("--rate", type=float, default=5.0, help="mean arrivals per second (Poisson)")
-    add("--max-new-tokens", type=int, default=800, help="longest answer")
+    add("--rate", type=float, default=12.0, help="mean arrivals per second (Poisson)")
+    add("--max-new-tokens", type=int, default=1000, help="longest answer")
     add("--timeout", type=float, default=300.0, help="seconds until a run is given up")
     add("--out", type=Path, default=Path("build"), help="folder for what is written")
     add("--ares-decode-workers", type=int, default=2, help="decode workers")
     add("--ares-placement", default="round_robin", help="how new requests are placed")
-    add("--ares-reschedule-interval", type=float, default=0.5, help="seconds between rounds")
+    add("--ares-reschedule-interval", type=float, default=0.2, help="seconds between rounds")
+    add("--ares-move-cooldown", type=float, default=0.5, help="seconds before it moves again")
     add("--ares-min-gap-tokens", type=int, default=128, help="no move for a smaller gap")
     add("--ares-max-moves", type=int, default=2, help="most moves in a round")
     args = DemoArgs(**vars(parser.parse_args(argv)))
     if args.requests < 1 or args.rate <= 0 or args.max_new_tokens < 1 or args.timeout <= 0:
         parser.error("--requests, --rate, --max-new-tokens and --timeout must be above 0")
     return args
-
-
-@contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send this process's output to ``path``; processes started meanwhile keep it there."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        for descriptor in (*kept, log):
-            os.close(descriptor)
 
 
 class Demo:
@@ -127,36 +115,35 @@ class Demo:
         )
 
     def run(self, name: str, rescheduling: str) -> Run:
-        """One run on a cluster of its own."""
+        """One run on a cluster of its own.
+
+        Raises ``asyncio.CancelledError`` after Ctrl-C and :class:`ClusterFailedError` when a
+        process of the cluster dies.
+        """
         with self._cluster(name, rescheduling) as engine:
-            task = engine.loop.create_task(self._replay(engine, name))
-            engine.loop.add_signal_handler(signal.SIGINT, task.cancel)
+            loop = engine.loop
+            task = loop.create_task(self._replay(engine, name))
+            loop.add_signal_handler(signal.SIGINT, task.cancel)
             try:
-                run: Run = engine.loop.run_until_complete(task)
+                run: Run = loop.run_until_complete(failing_with_the_cluster(engine, task))
             finally:
-                engine.loop.remove_signal_handler(signal.SIGINT)
+                loop.remove_signal_handler(signal.SIGINT)
             return run
 
     @contextmanager
     def _cluster(self, name: str, rescheduling: str) -> Iterator[Engine]:
         started = time.monotonic()
-        with (
-            self.console.status(f"{name}: starting the cluster …") as status,
-            output_to(self.log),
-        ):
-            del status
-            from sglang_ares.engine import Engine
-
-            engine = Engine(
-                log_level="error",
-                incremental_streaming_output=True,
+        with self.console.status(f"{name}: starting the cluster …"):
+            engine = start_engine(
+                self.log,
                 ares_report_interval=0.1,
                 ares_rescheduling=rescheduling,
                 **self.args.ares_kwargs(),
             )
         self.console.print(
             f"{name}: 1 prefill and {self.args.ares_decode_workers} decode workers "
-            f"ready after {time.monotonic() - started:.0f} s"
+            f"ready after {time.monotonic() - started:.0f} s",
+            highlight=False,
         )
         try:
             yield engine
@@ -226,7 +213,7 @@ def write_results(
             f"Rescheduled: {moved.migrations} moves of running requests. "
             f"Mean gap {moved.mean_gap_tokens:,.0f} tokens": runs[RESCHEDULED],
         },
-        title=f"Memory of the decode workers: the same {args.requests} requests"
+        title=f"KV cache on the decode workers: the same {args.requests} requests"
         + (", the same answers" if same else ""),
         note=f"Placement of new requests: {args.ares_placement}. {args.rate:g} requests/s "
         f"(Poisson), at most {args.max_new_tokens} output tokens, seed {args.seed}.",
@@ -252,12 +239,17 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(file=os.fdopen(os.dup(1), "w"))
     demo = Demo(args, console)
     demo.log.write_text("")
+    console.print(f"the workers' own output goes to {demo.log}", highlight=False)
     started = time.monotonic()
     try:
         runs = {STATIC: demo.run(STATIC, "none"), RESCHEDULED: demo.run(RESCHEDULED, "reactive")}
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("interrupted")
         return INTERRUPTED
+    except ClusterFailedError as error:
+        console.print(f"FAILED: {error}; the end of {demo.log}:", style="red", markup=False)
+        console.print(*demo.log.read_text().splitlines()[-12:], sep="\n", markup=False)
+        return 1
     finally:
         _end_children()
     found = mismatches(runs[STATIC].results, runs[RESCHEDULED].results)

@@ -30,8 +30,8 @@ def cli_page() -> str:
             "# Command line",
             _NOTE,
             (
-                "`python -m sglang_ares.launch_server` takes every SGLang flag, with its meaning in "
-                "SGLang, and these. `sglang_ares.Engine` takes them as keyword arguments: "
+                "`python -m sglang_ares.launch_server` takes every SGLang flag, with its meaning "
+                "in SGLang, and these. `sglang_ares.Engine` takes them as keyword arguments: "
                 "`--ares-decode-workers 4` is `ares_decode_workers=4`."
             ),
             "",
@@ -79,8 +79,8 @@ def refusals_page() -> str:
             *_refusal_rows(REQUEST, remedy=False),
             "",
             (
-                "A target also refuses while it has no KV memory, request slot or metadata slot for "
-                "the request, while it is paused or retracts requests, and beyond "
+                "A target also refuses while it has no KV memory, request slot or metadata slot "
+                "for the request, while it is paused or retracts requests, and beyond "
                 "`--ares-max-migrations-per-worker`."
             ),
             "",

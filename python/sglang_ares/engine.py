@@ -21,7 +21,7 @@ from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
-from sglang_ares.srt.platforms.cpu import accelerator_present, apply_cpu_defaults
+from sglang_ares.srt.platforms.cpu import CPU_DEFAULTS, accelerator_present
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,15 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def default_server_args() -> dict[str, Any]:
+    """Upstream's server arguments where ours differ from upstream's defaults; whatever the
+    operator gives wins over them."""
+    defaults = {"model_path": str(MODEL_DIR), "disaggregation_transfer_backend": "nixl"}
+    return defaults if accelerator_present() else {**defaults, **CPU_DEFAULTS}
+
+
 def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerArgs:
-    """Check the operator's arguments, fill in the platform's defaults and attach ``ares_args``.
+    """Check the operator's arguments and attach ``ares_args``.
 
     Raises :class:`AresArgsError` with the flag and the remedy.
     """
@@ -40,12 +47,11 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
     if row is not None:
         raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
     _check_model_path(server_args.model_path)
-    if not accelerator_present():
-        apply_cpu_defaults(server_args)
-        # Before any child starts: several workers share few cores.
+    if server_args.device == "cpu":
+        # Before any child starts: several workers share few cores, and nothing can be learnt
+        # from CUDA core dumps, for which upstream waits a minute when a worker dies.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    elif server_args.disaggregation_transfer_backend == "mooncake":
-        server_args.disaggregation_transfer_backend = "nixl"
+        os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
     server_args._ares_args = ares_args
     server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
     return server_args
@@ -84,8 +90,7 @@ class Engine(UpstreamEngine):
     def __init__(self, **kwargs: Any) -> None:
         ares_args = AresArgs.pop_from_kwargs(kwargs)
         if "server_args" not in kwargs:
-            kwargs.setdefault("model_path", str(MODEL_DIR))
-            kwargs.setdefault("log_level", "error")
+            kwargs = {"log_level": "error", **default_server_args(), **kwargs}
             kwargs = {"server_args": prepare_server_args(ServerArgs(**kwargs), ares_args)}
         super().__init__(**kwargs)
         self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))

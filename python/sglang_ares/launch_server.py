@@ -12,15 +12,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sglang_ares.ares_args import AresArgs, AresArgsError
-from sglang_ares.demo_model import MODEL_DIR
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Upstream's parser with the ARES group first and ``--model-path`` optional."""
+    """Upstream's parser with the ARES group first, ``--model-path`` optional, our defaults."""
     from sglang.srt.server_args import ServerArgs
+
+    from sglang_ares.engine import default_server_args
 
     parser = argparse.ArgumentParser(
         prog="python -m sglang_ares.launch_server",
@@ -32,8 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest == "model_path":
             action.required = False
-            action.default = str(MODEL_DIR)
             action.help = f"{action.help} Default: the embedded demo model."
+    parser.set_defaults(**default_server_args())
     return parser
 
 

@@ -23,6 +23,7 @@ def run_worker_process(
 ) -> None:
     """One tensor-parallel rank of a worker: its KV bootstrap server (rank 0) and its scheduler."""
     leave_ctrl_c_to_the_front()
+    from sglang.srt.arg_groups.overrides import resolution_result
     from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
     from sglang.srt.managers.scheduler import run_scheduler_process
 
@@ -32,7 +33,8 @@ def run_worker_process(
     server_args = spec.server_args
     server_args.resolve_once()
     if tp_rank == 0:
-        backend = TransferBackend(server_args.disaggregation_transfer_backend)
+        resolved = resolution_result(server_args, "disaggregation_transfer_backend")
+        backend = TransferBackend(resolved)
         bootstrap_server = get_kv_class(backend, KVClassType.BOOTSTRAP_SERVER)
         bootstrap_server(spec.bootstrap_host, spec.bootstrap_port)
     AresScheduler.spec = spec

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CPU_MAX_TOTAL_TOKENS = 65_536
 NIXL_PROGRESS_DELAY_US = 1000
 
-# Raw server argument -> what a CPU worker needs, where the operator said nothing.
+# What a CPU worker needs of upstream's server arguments, where the operator says nothing.
 CPU_DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
@@ -33,7 +33,6 @@ CPU_DEFAULTS: dict[str, Any] = {
     "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
-    "disaggregation_transfer_backend": "nixl",
     "disaggregation_decode_retraction_backup": "cpu_tensor",
 }
 
@@ -53,20 +52,6 @@ def accelerator_present() -> bool:
         getattr(torch, name, None) is not None and getattr(torch, name).is_available()
         for name in ("xpu", "npu", "musa", "hpu")
     )
-
-
-def apply_cpu_defaults(server_args: Any) -> None:
-    """Fill in, on raw upstream ``ServerArgs``, what a CPU worker needs and nobody chose.
-
-    Only fields that still hold upstream's default are touched, so every flag of the operator
-    keeps its meaning. Must run before ``resolve_once``.
-    """
-    from sglang.srt.arg_groups.arg_utils import record_fields
-
-    defaults = {f.name: f.default for f in record_fields(type(server_args))}
-    for name, value in CPU_DEFAULTS.items():
-        if getattr(server_args, name) == defaults[name]:
-            setattr(server_args, name, value)
 
 
 class _HostEvent:
