@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from integration.moving import run_all
@@ -248,3 +249,41 @@ def test_loads_list_every_worker(server: Server) -> None:
     """``/v1/loads`` keeps upstream's meaning, with one entry per worker."""
     loads = httpx.get(f"{server.url}/v1/loads").json()["loads"]
     assert len(loads) == len(server.status()["workers"])
+
+
+def test_stream_is_in_order_behind_a_slow_detokenizer(server: Server) -> None:
+    """While the detokenizer lags, tokens of the new worker reach it before the old one's."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    detokenizer = next(p for p in family if "detokenizer" in " ".join(p.cmdline()))
+    bodies = {
+        f"lag-{i}": {
+            "text": f"walk {5 + i}\n",
+            "sampling_params": {**LONG, "temperature": 1.0, "sampling_seed": i},
+        }
+        for i in range(8)
+    }
+    unmoved, _ = asyncio.run(
+        run_all(server.url, {f"{r}-ref": b for r, b in bodies.items()}, at_once=8)
+    )
+    ended = threading.Event()
+
+    def stutter() -> None:
+        while not ended.wait(0.2):
+            detokenizer.suspend()
+            time.sleep(0.4)
+            detokenizer.resume()
+
+    thread = threading.Thread(target=stutter)
+    thread.start()
+    try:
+        moved, log = asyncio.run(
+            run_all(server.url, bodies, at_once=8, move_on=server.decode_workers(), moves_wanted=20)
+        )
+    finally:
+        ended.set()
+        thread.join()
+        detokenizer.resume()
+    assert log.outcomes["completed"] >= 16
+    for rid, answer in moved.items():
+        assert answer["output_ids"] == unmoved[f"{rid}-ref"]["output_ids"], rid
+        assert answer["text"] == unmoved[f"{rid}-ref"]["text"], rid

@@ -74,6 +74,13 @@ CLUSTER: tuple[Refusal, ...] = (
         lambda a: a.is_embedding,
     ),
     Refusal(
+        "skip_tokenizer_init",
+        "--skip-tokenizer-init",
+        "The order of a moved request's tokens is restored in the detokenizer.",
+        "Drop the flag; /generate accepts and returns token ids with it or without.",
+        lambda a: a.skip_tokenizer_init,
+    ),
+    Refusal(
         "tokenizer_workers",
         "--tokenizer-worker-num > 1",
         "The cluster's endpoints live in one front process.",

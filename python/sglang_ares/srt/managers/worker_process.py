@@ -49,8 +49,10 @@ def run_worker_process(
 
 
 def run_detokenizer(*args: Any, **kwargs: Any) -> None:
-    """Upstream's detokenizer process."""
+    """Upstream's detokenizer process, with our detokenizer."""
     leave_ctrl_c_to_the_front()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
-    run_detokenizer_process(*args, **kwargs)
+    from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager
+
+    run_detokenizer_process(*args, detokenizer_manager_class=AresDetokenizerManager, **kwargs)

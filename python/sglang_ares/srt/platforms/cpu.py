@@ -29,7 +29,9 @@ CPU_DEFAULTS: dict[str, Any] = {
     "disable_cuda_graph": True,
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.1,
+    # Upstream takes memory that other processes use for the model's; the pool's size is set by
+    # max_total_tokens anyway.
+    "mem_fraction_static": 0.5,
     "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
