@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from sglang_ares.bench.replay import Run
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
@@ -27,26 +29,17 @@ def plot_kv_over_time(path: Path, runs: Mapping[str, Run], *, title: str, note: 
 
     The gap between the most and the least loaded worker is shaded; migrations are marked.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(
-        len(runs),
-        1,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        figsize=(10, 1.2 + 2.9 * len(runs)),
-        layout="constrained",
-    )
+    figure = Figure(figsize=(10, 1.2 + 2.9 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 1, sharex=True, sharey=True, squeeze=False)
     panels = [row[0] for row in grid]
+    all_samples = [sample for run in runs.values() for sample in run.samples]
     for axes, (name, run) in zip(panels, runs.items(), strict=True):
         _panel(axes, run)
         axes.set_title(name, loc="left", fontsize=12)
         axes.set_ylabel("KV tokens held", fontsize=11)
-    panels[0].set_ylim(bottom=0)
+    # Room below zero for the marks.
+    highest = max((max(s.kv_tokens.values(), default=0) for s in all_samples), default=0)
+    panels[0].set_ylim(-0.09 * max(highest, 1), 1.08 * max(highest, 1))
     panels[0].set_xlim(
         0, max((r.samples[-1].time_s for r in runs.values() if r.samples), default=1)
     )
@@ -56,7 +49,6 @@ def plot_kv_over_time(path: Path, runs: Mapping[str, Run], *, title: str, note: 
         figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _panel(axes: Any, run: Run) -> None:
@@ -87,11 +79,11 @@ def _panel(axes: Any, run: Run) -> None:
     if moved:
         axes.plot(
             moved,
-            [0.03] * len(moved),
+            [0.035] * len(moved),
             transform=axes.get_xaxis_transform(),
             linestyle="none",
             marker="|",
-            markersize=11,
+            markersize=10,
             markeredgewidth=1.3,
             color="black",
             label="a request was moved",
@@ -101,4 +93,5 @@ def _panel(axes: Any, run: Run) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(loc="upper left", fontsize=10, frameon=True, framealpha=0.9, edgecolor="none")
+    if workers:
+        axes.legend(loc="upper left", fontsize=10, frameon=True, framealpha=0.9, edgecolor="none")

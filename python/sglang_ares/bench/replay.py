@@ -102,7 +102,7 @@ async def replay(
     """Send every item at its time and wait for all answers.
 
     A request that raises, is aborted or has not ended after ``timeout_s`` seconds gets an
-    ``error``; the others go on.
+    ``error``; the others go on. An error of ``status`` ends the replay.
 
     Args:
         stream: sends one request and yields its answer.
@@ -120,23 +120,32 @@ async def replay(
     watcher = asyncio.create_task(
         _watch(run, status, before, start, sample_interval_s, on_progress)
     )
+    answers = asyncio.create_task(_all(requests))
     try:
-        _, pending = await asyncio.wait(requests, timeout=timeout_s) if requests else ((), ())
+        # The watcher only ever ends by an error, which then ends the replay.
+        await asyncio.wait({answers, watcher}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+        if watcher.done():
+            watcher.result()
         run.duration_s = time.perf_counter() - start
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        watcher.cancel()
+        answers.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
         for result in run.results:
             if not result.finish_reason and not result.error:
-                result.error = f"no answer within {timeout_s:.0f} s"
+                result.error = f"no answer within {timeout_s:g} s"
         if status is not None:
             run.samples.append(_sample(await status(), before, time.perf_counter() - start))
         on_progress(run)
         return run
     finally:
-        for task in (watcher, *requests):
+        tasks = (answers, watcher, *requests)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(watcher, *requests, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.gather(*tasks)
 
 
 async def _send(item: WorkItem, result: RequestResult, stream: StreamFn, start: float) -> None:
