@@ -1,7 +1,8 @@
 """Trains the embedded default model; ``python -m sglang_ares.demo_model.train --out DIR --seed 0``.
 
 The budget is a number of steps, so that the seed determines the weights (on one kind of CPU and
-torch build); the default takes under 20 minutes on two cores.
+torch build).  On two cores without other work a step takes a third of a second, all of the default
+budget about a quarter of an hour.
 """
 
 from __future__ import annotations
