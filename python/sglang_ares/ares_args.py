@@ -90,7 +90,7 @@ class AresArgs:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
         for name in ("reschedule_threshold", "move_cooldown"):
             value = getattr(self, name)
-            if value < 0:
+            if not value >= 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
         for name, registry in (("placement", PLACEMENT), ("rescheduling", RESCHEDULING)):
             value = getattr(self, name)

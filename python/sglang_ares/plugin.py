@@ -58,11 +58,14 @@ def _seed_every_row(result: Any, *args: Any, **kwargs: Any) -> Any:
 def _feed_one_step_late(original: Any, batch: Any) -> Any:
     """Under overlap scheduling upstream feeds penalties one token late; a resumed request,
     whose newest token is known, must not be fed a token early in its first step."""
-    resumed = [r for r in batch.reqs if getattr(r, RESUMED_WITH_OUTPUT, False)]
+    flagged = [r for r in batch.reqs if getattr(r, RESUMED_WITH_OUTPUT, False)]
+    # The first output token comes from the prefill worker and is known in the first step too.
+    resumed = [r for r in flagged if len(r.output_ids) > 1]
     newest = [r.output_ids.pop() for r in resumed]
     try:
         return original(batch)
     finally:
         for req, token in zip(resumed, newest, strict=True):
             req.output_ids.append(token)
+        for req in flagged:
             setattr(req, RESUMED_WITH_OUTPUT, False)

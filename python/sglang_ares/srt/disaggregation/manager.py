@@ -54,6 +54,10 @@ class MigrationHost(SourceHost, TargetHost, Protocol):
         """End a request that is owned here, as the client asked."""
         ...
 
+    def forget(self, rid: str) -> None:
+        """A request that was built for a migration does not come after all."""
+        ...
+
     def report(self, message: Message) -> None:
         """Tell the controller."""
         ...
@@ -68,7 +72,7 @@ class MigrationManager:
         self._peers: dict[int, Peer] = {}
         self.outbound: dict[int, SourceMigration] = {}
         self.inbound: dict[int, TargetMigration] = {}
-        self._building: dict[str, TargetMigration] = {}
+        self._building: dict[int, TargetMigration] = {}
         self._committed: OrderedDict[int, str] = OrderedDict()
 
     # --- what the scheduler asks ------------------------------------------------------------
@@ -92,7 +96,7 @@ class MigrationManager:
 
     def take_built(self, req: Req, now: float) -> bool:
         """Whether ``req`` was built for a migration; it is then taken over here."""
-        migration = self._building.pop(req.rid, None)
+        migration = self._building.pop(req.bootstrap_room, None)
         if migration is None:
             return False
         migration.on_built(req, now)
@@ -153,6 +157,8 @@ class MigrationManager:
     ) -> str | None:
         if command.target not in self._peers:
             return "unknown target"
+        if command.target == self._host.worker_id:
+            return "already here"
         if found is None:
             return "not running"
         if self.is_moving(command.rid):
@@ -178,10 +184,10 @@ class MigrationManager:
             return
         migration = TargetMigration(self._host, self._limits, offer, source, now)
         self.inbound[offer.migration_id] = migration
-        self._building[offer.spec.rid] = migration
+        self._building[offer.room] = migration
         migration.start(now)
         if migration.record.final:
-            self._building.pop(offer.spec.rid, None)
+            self._building.pop(offer.room, None)
         self._drop_if_final(migration)
 
     def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
@@ -304,6 +310,8 @@ class MigrationManager:
         if not record.final:
             return
         self.inbound.pop(record.migration_id, None)
+        if record.state is TargetState.RELEASED:
+            self._host.forget(record.rid)
         if record.state is TargetState.COMMITTED:
             self._committed[record.migration_id] = record.rid
             while len(self._committed) > _REMEMBERED:

@@ -60,6 +60,10 @@ class SourceHost(Protocol):
         """Give the slot back."""
         ...
 
+    def abort_here(self, rid: str) -> None:
+        """End a request that is owned here, as the client asked."""
+        ...
+
     def write_room(self, slot: int, room: int) -> None:
         """Stamp the slot with the transfer's room, which the target verifies."""
         ...
@@ -116,6 +120,7 @@ class SourceMigration:
         self._reserved_tokens = req.kv.kv_committed_len + headroom
         self._stopped = False
         self._cancel_sent = False
+        self._aborted_by_client = False
         self._sender_closed = False
         self.kv_bytes = 0
         host.send(
@@ -171,6 +176,8 @@ class SourceMigration:
         if self.record.state is SourceState.RECALLING:
             self._resume()
             self._finish(SourceState.ENDED, FAILED, self.record.reason, now)
+            if self._aborted_by_client:
+                self._host.abort_here(self.req.rid)
 
     def on_transfer_failed(self, reason: str, now: float) -> None:
         """The KV did not arrive."""
@@ -182,6 +189,7 @@ class SourceMigration:
         if self.record.state is SourceState.STOPPING:
             self._give_up(CANCELLED, "aborted", now)
         elif self.record.state in (SourceState.HANDOVER, SourceState.RECALLING):
+            self._aborted_by_client = True
             self._host.send(
                 self.record.target,
                 ForwardAbort(migration_id=self.record.migration_id, source=self._host.worker_id),
@@ -210,7 +218,9 @@ class SourceMigration:
         ):
             self._give_up(FAILED, f"timeout in {state.value}", now)
         elif state is SourceState.OFFERED:
-            if self._accepted and sender_poll == KVPoll.WaitingForInput:
+            if self.req.kv.kv_committed_len > self._reserved_tokens:
+                self._give_up(CANCELLED, "outgrew the offer", now)
+            elif self._accepted and sender_poll == KVPoll.WaitingForInput:
                 self._begin_copy(now)
         elif state is SourceState.COPYING:
             if not self._chunk_in_flight or progress_poll == KVPoll.Success:
@@ -259,8 +269,10 @@ class SourceMigration:
         if not self._host.has_stopped(self.req):
             return
         if self.req.finished():
-            self._stopped = False
             self._give_up(CANCELLED, "finished", now)
+            return
+        if self.req.to_finish is not None:
+            self._give_up(CANCELLED, "aborted", now)
             return
         if self._chunk_in_flight and progress_poll != KVPoll.Success:
             return
@@ -325,7 +337,8 @@ class SourceMigration:
     def _resume(self) -> None:
         if self._stopped:
             self._stopped = False
-            self._host.resume(self.req)
+            if not self.req.finished():
+                self._host.resume(self.req)
 
     def _finish(self, state: SourceState, outcome: str, reason: str, now: float) -> None:
         self.kv_bytes = self._host.link.bytes_of(self._sender)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing as mp
+import random
+import socket
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -11,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from sglang.srt.server_args import PortArgs, ServerArgs
-from sglang.srt.utils.network import get_free_port
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.managers.io_struct import Peer
@@ -201,10 +202,14 @@ def _worker_port_args(worker_args: ServerArgs, front: PortArgs) -> PortArgs:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Distinct free TCP ports."""
+    """Distinct TCP ports nobody listens on, below the range that outgoing connections draw from:
+    a worker binds its port only once it has loaded."""
     ports: set[int] = set()
     while len(ports) < count:
-        ports.add(get_free_port())
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex((_LOOPBACK, port)) != 0:
+                ports.add(port)
     return sorted(ports)
 
 

@@ -79,6 +79,8 @@ class ClusterState:
         self.workers = {w.worker_id: w for w in workers}
         self.owners: dict[str, Ownership] = {}
         self.moving: dict[int, MovingRequest] = {}
+        # Moving requests that left their target: ended there, if they had landed at all.
+        self._left_target: set[str] = set()
         self.migrations_attempted = 0
         self.migrations_completed = 0
         self.migrations_refused: Counter[str] = Counter()
@@ -114,11 +116,10 @@ class ClusterState:
             owner = self.owners.get(rid)
             if owner is None or view.role != DECODE:
                 continue
-            landing_here = any(
-                m.rid == rid and m.target == view.worker_id for m in self.moving.values()
-            )
-            if owner.decode == view.worker_id or landing_here:
+            if owner.decode == view.worker_id:
                 del self.owners[rid]
+            elif any(m.rid == rid and m.target == view.worker_id for m in self.moving.values()):
+                self._left_target.add(rid)
 
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
@@ -129,8 +130,13 @@ class ClusterState:
         """A migration ended; false if it was not known."""
         if self.moving.pop(result.migration_id, None) is None:
             return False
+        left_target = result.rid in self._left_target
+        self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
+            if left_target:
+                self.owners.pop(result.rid, None)
             self.migrations_completed += 1
+            self.workers[result.source].dispatched.pop(result.rid, None)
             owner = self.owners.get(result.rid)
             if owner is not None:
                 owner.decode = result.target

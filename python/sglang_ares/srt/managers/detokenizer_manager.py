@@ -32,7 +32,7 @@ class InOrder:
         # rid -> tokens passed on so far.
         self._passed: OrderedDict[str, int] = OrderedDict()
         # rid -> heap of (first token, tie-break, batch of one) that came too early.
-        self._early: dict[str, list[tuple[int, int, BatchTokenIDOutput]]] = {}
+        self._early: OrderedDict[str, list[tuple[int, int, BatchTokenIDOutput]]] = OrderedDict()
         self._count = itertools.count()
 
     @property
@@ -47,6 +47,9 @@ class InOrder:
             for i in early:
                 entry = (_first_token(batch, i), next(self._count), select(batch, [i]))
                 heapq.heappush(self._early.setdefault(batch.rids[i], []), entry)
+            # What a request waits for may never come: its worker died, or the client left.
+            while len(self._early) > self._capacity:
+                self._early.popitem(last=False)
             waiting = set(early)
             batch = select(batch, [i for i in range(len(batch.rids)) if i not in waiting])
         admitted = [batch] if batch.rids or not early else []

@@ -84,7 +84,9 @@ class SchedulerMigrationHost:
     def pop_resumed(self, reqs: list[Req]) -> list[Req]:
         """Those of ``reqs`` that enter the batch with output."""
         entering = [r for r in self._resumed if any(r is q for q in reqs)]
-        self._resumed = [r for r in self._resumed if not any(r is q for q in entering)]
+        # The rest still waits, or was aborted while it did.
+        waiting = self._scheduler.waiting_queue
+        self._resumed = [r for r in self._resumed if any(r is q for q in waiting)]
         if self._scheduler.enable_overlap:
             for req in entering:
                 setattr(req, RESUMED_WITH_OUTPUT, True)
@@ -94,6 +96,10 @@ class SchedulerMigrationHost:
         """Free the memory of a request that another worker owns now."""
         release_kv_cache(req, self._scheduler.tree_cache)
         self._scheduler.ares.forget_moved(req.rid)
+
+    def forget(self, rid: str) -> None:
+        """A request that was built for a migration does not come after all."""
+        self._scheduler.ares.forget_moved(rid)
 
     def adopt(self, req: Req, migration_id: int, stopped_at: float, aborted: bool) -> None:
         """Let a landed request decode here."""

@@ -1,0 +1,373 @@
+"""The controller's tables: who owns what, what is moving, what is reported."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_ares.srt.managers.cluster_state import (
+    ClusterState,
+    MovingRequest,
+    WorkerView,
+)
+from sglang_ares.srt.managers.io_struct import MigrationResult, PoolCounters, WorkerReport
+from sglang_ares.srt.policy.types import DECODE, PREFILL, RequestLoad, WorkerLoad
+
+P0, D1, D2 = 0, 1, 2
+POLICIES = {"placement": "least_tokens", "rescheduling": "reactive"}
+
+
+@pytest.fixture
+def state() -> ClusterState:
+    return new_state()
+
+
+def new_state() -> ClusterState:
+    return ClusterState(
+        [
+            WorkerView(P0, PREFILL, pids=[100], kv_capacity=1000),
+            WorkerView(D1, DECODE, pids=[101, 111], kv_capacity=1000),
+            WorkerView(D2, DECODE, pids=[102], kv_capacity=2000),
+        ]
+    )
+
+
+def report(
+    worker_id: int,
+    requests: dict[str, int] | None = None,
+    *,
+    finished: list[str] | None = None,
+    queued: int = 0,
+    queued_tokens: int = 0,
+) -> WorkerReport:
+    requests = requests or {}
+    return WorkerReport(
+        worker_id=worker_id,
+        load=WorkerLoad(
+            worker_id=worker_id,
+            role=PREFILL if worker_id == P0 else DECODE,
+            kv_tokens=sum(requests.values()),
+            kv_capacity=1000,
+            running=len(requests),
+            queued=queued,
+            queued_tokens=queued_tokens,
+            requests=tuple(
+                RequestLoad(
+                    rid=rid,
+                    tokens=tokens,
+                    output_tokens=1,
+                    age_s=1.0,
+                    since_move_s=1.0,
+                    movable=True,
+                )
+                for rid, tokens in requests.items()
+            ),
+        ),
+        finished=finished or [],
+        pools=PoolCounters(
+            kv_free=1,
+            kv_cached=2,
+            request_slots_free=3,
+            metadata_slots_free=4,
+            requests=5,
+            idle=False,
+        ),
+        migrations_in=0,
+        migrations_out=0,
+        retracted=0,
+        decode_step_ms=1.5,
+    )
+
+
+def start(state: ClusterState, migration_id: int, rid: str, source: int, target: int) -> None:
+    state.note_migration_started(migration_id, MovingRequest(rid, source, target))
+
+
+def result(
+    migration_id: int,
+    rid: str = "r",
+    source: int = D1,
+    target: int = D2,
+    outcome: str = "completed",
+    reason: str = "",
+) -> MigrationResult:
+    return MigrationResult(
+        migration_id=migration_id,
+        rid=rid,
+        source=source,
+        target=target,
+        outcome=outcome,
+        reason=reason,
+        tokens=10,
+        kv_bytes=100,
+        duration_s=0.5,
+    )
+
+
+def empty(state: ClusterState) -> bool:
+    return not (state.owners or state.moving or any(w.dispatched for w in state.workers.values()))
+
+
+# --- dispatch and reports -------------------------------------------------------------------
+
+
+def test_workers_without_a_report_are_empty(state: ClusterState) -> None:
+    (prefill,) = state.loads(PREFILL)
+    assert (prefill.worker_id, prefill.load_tokens, prefill.kv_capacity) == (P0, 0, 1000)
+    assert [w.worker_id for w in state.loads(DECODE)] == [D1, D2]
+
+
+def test_a_dispatched_request_counts_until_a_report_shows_it(state: ClusterState) -> None:
+    state.note_dispatch("r", P0, D1, 300)
+    for role in (PREFILL, DECODE):
+        first = state.loads(role)[0]
+        assert (first.queued, first.queued_tokens, first.load_tokens) == (1, 300, 300)
+    state.note_report(report(D1))  # made before it arrived
+    assert state.loads(DECODE)[0].load_tokens == 300
+    state.note_report(report(D1, {"r": 310}))
+    assert state.loads(DECODE)[0].load_tokens == 310
+    assert state.loads(DECODE)[0].queued == 0
+
+
+def test_finished_on_both_workers_leaves_nothing(state: ClusterState) -> None:
+    state.note_dispatch("r", P0, D1, 300)
+    state.note_report(report(P0, {"r": 300}))
+    state.note_report(report(P0, finished=["r"]))
+    assert "r" in state.owners, "prefill is through, the request is not"
+    state.note_report(report(D1, {"r": 310}))
+    state.note_report(report(D1, finished=["r"]))
+    assert empty(state)
+
+
+def test_finished_between_two_reports_leaves_nothing(state: ClusterState) -> None:
+    state.note_dispatch("r", P0, D1, 300)
+    state.note_report(report(D1, finished=["r"]))
+    state.note_report(report(P0, finished=["r"]))
+    assert empty(state)
+
+
+def test_a_worker_that_is_not_ready_takes_nothing(state: ClusterState) -> None:
+    state.workers[D1].state = "draining"
+    assert [w.worker_id for w in state.loads(DECODE)] == [D2]
+
+
+def test_reports_of_strangers_are_ignored(state: ClusterState) -> None:
+    state.note_report(report(17, {"x": 5}, finished=["y"]))
+    assert empty(state) and 17 not in state.workers
+
+
+def test_finished_elsewhere_does_not_end_the_request(state: ClusterState) -> None:
+    """A worker that never owned it (an abort went to all) says that it has left."""
+    state.note_dispatch("r", P0, D1, 300)
+    state.note_report(report(D2, finished=["r"]))
+    assert state.owners["r"].decode == D1
+
+
+# --- migrations -----------------------------------------------------------------------------
+
+
+def test_a_completed_migration_changes_the_owner(state: ClusterState) -> None:
+    state.note_dispatch("r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    assert state.note_migration_result(result(1))
+    assert state.owners["r"].decode == D2
+    assert state.migrations_completed == 1 and not state.moving
+    state.note_report(report(D1))
+    state.note_report(report(P0, finished=["r"]))
+    state.note_report(report(D2, {"r": 20}))
+    state.note_report(report(D1, {}))
+    assert "r" in state.owners
+    state.note_report(report(D2, finished=["r"]))
+    assert not state.owners and not state.moving
+
+
+def test_a_request_that_moved_before_its_first_report_leaves_nothing(state: ClusterState) -> None:
+    """Dispatched, moved away before the source's next report, finished on the target: the
+    source never lists it, neither as running nor as finished."""
+    state.note_dispatch("r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    state.note_report(report(P0, finished=["r"]))
+    state.note_migration_result(result(1))
+    state.note_report(report(D1))
+    state.note_report(report(D2, {"r": 20}))
+    state.note_report(report(D2, finished=["r"]))
+    assert empty(state), {w.worker_id: w.dispatched for w in state.workers.values()}
+
+
+@pytest.mark.parametrize("outcome", ["refused", "failed", "cancelled"])
+def test_a_migration_that_did_not_happen_changes_no_owner(
+    state: ClusterState, outcome: str
+) -> None:
+    state.note_dispatch("r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    assert state.note_migration_result(result(1, outcome=outcome, reason="why: because"))
+    assert state.owners["r"].decode == D1
+    migrations = state.status(POLICIES)["migrations"]
+    assert (migrations["attempted"], migrations["completed"], migrations["in_flight"]) == (1, 0, 0)
+    kind = "refused" if outcome == "refused" else "failed"
+    assert migrations[kind] == {"why": 1}
+
+
+def test_an_unknown_result_is_not_counted(state: ClusterState) -> None:
+    assert not state.note_migration_result(result(99))
+    assert state.migrations_completed == 0
+
+
+def test_a_result_is_counted_once(state: ClusterState) -> None:
+    start(state, 1, "r", D1, D2)
+    assert state.note_migration_result(result(1))
+    assert not state.note_migration_result(result(1))
+    assert state.migrations_completed == 1
+
+
+def test_the_target_reports_the_end_before_the_source_reports_the_move(
+    state: ClusterState,
+) -> None:
+    """Two sockets, no order between them."""
+    state.note_dispatch("r", P0, D1, 10)
+    state.note_report(report(D1, {"r": 10}))
+    start(state, 1, "r", D1, D2)
+    state.note_report(report(P0, finished=["r"]))
+    state.note_report(report(D2, finished=["r"]))
+    assert state.note_migration_result(result(1))
+    assert "r" not in state.owners
+    state.note_report(report(D1))
+    assert empty(state)
+
+
+def test_the_source_reports_the_end_of_a_request_that_did_not_get_away(
+    state: ClusterState,
+) -> None:
+    state.note_dispatch("r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    state.note_report(report(P0, finished=["r"]))
+    state.note_report(report(D1, finished=["r"]))
+    state.note_migration_result(result(1, outcome="cancelled", reason="finished"))
+    assert empty(state)
+
+
+def test_a_cancelled_arrival_is_not_taken_for_the_end(state: ClusterState) -> None:
+    """The target built the request, then the migration failed: the target lists it as gone,
+    maybe before the source reports the failure. The request lives on at the source."""
+    state.note_dispatch("r", P0, D1, 10)
+    state.note_report(report(D1, {"r": 12}))
+    start(state, 1, "r", D1, D2)
+    state.note_report(report(D2, finished=["r"]))
+    state.note_migration_result(result(1, outcome="failed", reason="timeout in COPYING"))
+    state.note_report(report(D1, {"r": 15}))
+    assert "r" in state.owners, "a live request must not vanish from /ares/requests"
+    assert state.requests()[0]["worker"] == D1
+
+
+def test_a_moving_request_is_not_movable(state: ClusterState) -> None:
+    state.note_report(report(D1, {"r": 10, "other": 5}))
+    start(state, 1, "r", D1, D2)
+    requests = state.loads(DECODE)[0].requests
+    assert {r.rid: r.movable for r in requests} == {"r": False, "other": True}
+    state.note_migration_result(result(1, outcome="refused", reason="x"))
+    assert all(r.movable for r in state.loads(DECODE)[0].requests)
+
+
+# --- any order ------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_no_entry_is_left_behind(data: Any) -> None:
+    """Requests come, move and end; each worker's messages arrive in order, those of different
+    workers in any."""
+    state = new_state()
+    count = data.draw(st.integers(1, 4))
+    queues: dict[int, list[Any]] = {P0: [], D1: [], D2: []}
+    migration_id = 0
+    for i in range(count):
+        rid = f"r{i}"
+        home = data.draw(st.sampled_from([D1, D2]))
+        state.note_dispatch(rid, P0, home, 10)
+        queues[P0].append(report(P0, finished=[rid]))
+        if data.draw(st.booleans()):
+            queues[home].append(report(home, {rid: 11}))
+        if data.draw(st.booleans()):
+            target = D1 if home == D2 else D2
+            migration_id += 1
+            start(state, migration_id, rid, home, target)
+            outcome = data.draw(st.sampled_from(["completed", "refused", "failed"]))
+            queues[home].append(result(migration_id, rid, home, target, outcome, "x"))
+            if outcome == "completed":
+                if data.draw(st.booleans()):
+                    queues[target].append(report(target, {rid: 15}))
+                home = target
+        queues[home].append(report(home, finished=[rid]))
+    for worker in (D1, D2):
+        queues[worker].append(report(worker))
+    while any(queues.values()):
+        worker = data.draw(st.sampled_from([w for w, q in queues.items() if q]))
+        message = queues[worker].pop(0)
+        if isinstance(message, WorkerReport):
+            state.note_report(message)
+        else:
+            assert state.note_migration_result(message)
+    assert empty(state), (state.owners, {w.worker_id: w.dispatched for w in state.workers.values()})
+
+
+# --- documents ------------------------------------------------------------------------------
+
+
+def test_status_document(state: ClusterState) -> None:
+    state.note_dispatch("waiting", P0, D1, 30)
+    state.note_report(report(D1, {"r": 100}, queued=2, queued_tokens=50))
+    start(state, 1, "r", D1, D2)
+    start(state, 2, "s", D1, D2)
+    start(state, 3, "t", D1, D2)
+    start(state, 4, "u", D1, D2)
+    state.note_migration_result(result(2))
+    state.note_migration_result(result(3, outcome="refused", reason="no KV memory: full"))
+    state.note_migration_result(result(4, outcome="failed", reason="timeout in COPYING"))
+    document = json.loads(json.dumps(state.status(POLICIES)))
+    assert document["placement"] == "least_tokens" and document["rescheduling"] == "reactive"
+    assert document["uptime_s"] >= 0
+    assert document["requests"] == 1
+    assert document["migrations"] == {
+        "attempted": 4,
+        "completed": 1,
+        "refused": {"no KV memory": 1},
+        "failed": {"timeout in COPYING": 1},
+        "in_flight": 1,
+    }
+    assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
+    required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",
+                "kv_capacity"}  # fmt: skip
+    for worker in document["workers"]:
+        assert required <= set(worker)
+    reported = document["workers"][1]
+    assert reported["pids"] == [101, 111]
+    assert (reported["role"], reported["state"]) == ("decode", "ready")
+    assert (reported["running"], reported["kv_tokens"]) == (1, 100)
+    assert (reported["queued"], reported["queued_tokens"]) == (3, 80)
+    assert reported["pools"]["metadata_slots_free"] == 4
+    assert reported["decode_step_ms"] == 1.5 and reported["report_age_s"] >= 0
+
+
+def test_requests_document(state: ClusterState) -> None:
+    state.note_dispatch("r", P0, D1, 30)
+    state.note_dispatch("new", P0, D2, 40)
+    state.note_report(report(D1, {"r": 33}))
+    first, second = json.loads(json.dumps(state.requests()))
+    assert set(first) == {"rid", "worker", "tokens", "age_s"}
+    assert (first["rid"], first["worker"], first["tokens"]) == ("r", D1, 33)
+    assert (second["rid"], second["worker"]) == ("new", D2)
+    assert first["age_s"] >= second["age_s"] >= 0
+
+
+def test_a_request_on_two_reports_is_listed_once(state: ClusterState) -> None:
+    """At a hand-over both workers may have listed it."""
+    state.note_dispatch("r", P0, D1, 30)
+    start(state, 1, "r", D1, D2)
+    state.note_report(report(D1, {"r": 40}))
+    state.note_report(report(D2, {"r": 41}))
+    (entry,) = state.requests()
+    assert entry["worker"] == D1 and entry["tokens"] in (40, 41)
