@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
 from sglang_ares.ares_args import AresArgs, AresArgsError
 
@@ -107,7 +107,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> Any:
+def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
 
     try:
@@ -126,5 +126,19 @@ def main(argv: list[str] | None = None) -> Any:
     return 0
 
 
+def leave(status: int) -> NoReturn:
+    """Exit without the interpreter's own teardown, in which native libraries print pages of
+    warnings about leaked objects; everything registered to run at exit has run."""
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        exit_status = main()
+    except SystemExit as stop:  # argparse, and upstream's HTTP server when it cannot start
+        exit_status = stop.code if isinstance(stop.code, int) else 1
+    leave(exit_status)
