@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing as mp
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sglang.srt.server_args import PortArgs
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def default_server_args() -> dict[str, Any]:
@@ -58,7 +55,8 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
 
 
 def _check_model_path(model_path: str) -> None:
-    if not Path(model_path).exists() and not _HUB_ID.fullmatch(model_path):
+    is_path = model_path.startswith(("/", "./", "../", "~")) or model_path.count("/") > 1
+    if is_path and "://" not in model_path and not Path(model_path).expanduser().exists():
         raise AresArgsError(
             f"--model-path {model_path!r} does not exist. Name a folder with a Hugging Face "
             "model or a model id such as Qwen/Qwen3-8B; leave it out for the demo model."
@@ -89,10 +87,10 @@ class Engine(UpstreamEngine):
 
     def __init__(self, **kwargs: Any) -> None:
         ares_args = AresArgs.pop_from_kwargs(kwargs)
-        if "server_args" not in kwargs:
-            kwargs = {"log_level": "error", **default_server_args(), **kwargs}
-            kwargs = {"server_args": prepare_server_args(ServerArgs(**kwargs), ares_args)}
-        super().__init__(**kwargs)
+        server_args = kwargs.get("server_args")
+        if server_args is None:
+            server_args = ServerArgs(**{"log_level": "error", **default_server_args(), **kwargs})
+        super().__init__(server_args=prepare_server_args(server_args, ares_args))
         self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
 
     @classmethod

@@ -80,7 +80,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     from sglang_ares.engine import Engine, front_endpoint, prepare_server_args
-    from sglang_ares.srt.entrypoints.admin_api import ares_router
+    from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
     from sglang_ares.srt.entrypoints.front_client import FrontClient
 
     check_port(server_args.host, server_args.port)
@@ -96,7 +96,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
         )
     )
     client = FrontClient(front_endpoint(runtime_dir))
-    app.include_router(ares_router(client))
+    add_ares_routes(app, client)
     _setup_and_run_http_server(
         server_args,
         tokenizer_manager,
@@ -139,6 +139,8 @@ def leave(status: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         exit_status = main()
+    except KeyboardInterrupt:
+        exit_status = 130
     except SystemExit as stop:  # argparse, and upstream's HTTP server when it cannot start
         exit_status = stop.code if isinstance(stop.code, int) else 1
     leave(exit_status)

@@ -15,14 +15,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 MOVES_EACH = 3
 LOGPROB_TOLERANCE = 1e-4
-AT_ONCE = 8
+AT_ONCE = 6
 
 _SCHEMA = json.dumps(
     {
         "type": "object",
         "properties": {
             "name": {"type": "string", "minLength": 20, "maxLength": 60},
-            "values": {"type": "array", "items": {"type": "integer"}, "minItems": 20},
+            "values": {"type": "array", "items": {"type": "integer"}, "minItems": 120},
             "ok": {"type": "boolean"},
         },
         "required": ["name", "values", "ok"],
@@ -31,8 +31,8 @@ _SCHEMA = json.dumps(
 )
 # Family name -> (share of the requests, sampling parameters, other fields).
 FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "greedy": (30, {"temperature": 0}, {}),
-    "seeded": (30, {"temperature": 1.0}, {}),
+    "greedy": (45, {"temperature": 0}, {}),
+    "seeded": (45, {"temperature": 1.0}, {}),
     "top_p_top_k_min_p": (20, {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.02}, {}),
     "frequency_penalty": (15, {"temperature": 0.8, "frequency_penalty": 0.5}, {}),
     "presence_repetition": (
@@ -45,9 +45,13 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
         {},
     ),
-    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 150}, {}),
-    "stop_string": (15, {"temperature": 1.0, "stop": ["77 7", "0 0 0"]}, {}),
-    "stop_token_ids": (10, {"temperature": 1.0, "stop_token_ids": [60]}, {}),
+    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 400}, {}),
+    "stop_string": (15, {"temperature": 1.0, "stop": ["77 7 7", "0 0 0 0"]}, {}),
+    "stop_token_ids": (
+        10,
+        {"temperature": 1.0, "stop_token_ids": [61], "logit_bias": {"2": -100}},
+        {},
+    ),
     "logit_bias": (10, {"temperature": 0.9, "logit_bias": {"35": 1.5}}, {}),
     "logprobs": (
         15,
@@ -62,7 +66,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "n_2": (10, {"temperature": 1.0, "n": 2}, {}),
     "json_schema": (15, {"temperature": 1.0, "json_schema": _SCHEMA}, {}),
 }
-MIN_TOKENS = 220
+MIN_TOKENS = 500
 
 
 def bodies() -> dict[str, dict[str, Any]]:
@@ -92,7 +96,8 @@ def flat(answer: Any) -> list[dict[str, Any]]:
 
 def logprob_values(meta: dict[str, Any]) -> list[float]:
     """All log-probabilities of an answer, in order."""
-    values = [p[0] for p in meta.get("output_token_logprobs", [])]
+    given = [*(meta.get("input_token_logprobs") or []), *meta.get("output_token_logprobs", [])]
+    values = [p[0] for p in given if p[0] is not None]
     for key in ("output_top_logprobs", "output_token_ids_logprobs"):
         values += [p[0] for row in meta.get(key) or [] for p in row or []]
     return values
@@ -127,7 +132,7 @@ def test_every_request_was_moved_often_enough(runs: Any) -> None:
         and answer["meta_info"]["completion_tokens"] >= MIN_TOKENS
     ]
     thrice = sum(1 for moves in log.completed.values() if moves >= MOVES_EACH)
-    assert thrice >= 200, (thrice, log.outcomes, short)
+    assert thrice >= 200, (thrice, log.outcomes, log.reasons, short)
     assert not log.outcomes["failed"], log.outcomes
 
 
@@ -147,7 +152,9 @@ def test_moved_equals_unmoved(runs: Any, family: str) -> None:
             assert len(before) == len(after), rid
             worst = max((abs(x - y) for x, y in zip(before, after, strict=True)), default=0.0)
             assert worst <= LOGPROB_TOLERANCE, (rid, worst)
-    assert moves > 0 or family == "n_2", f"no request of {family} was moved: nothing was tested"
+    if family == "n_2":  # its samples have rids of their own
+        moves = sum(n for rid, n in log.completed.items() if rid not in moved)
+    assert moves > 0, f"no request of {family} was moved: nothing was tested"
 
 
 def test_accounting_balances_when_idle(server: Server, runs: Any) -> None:

@@ -228,7 +228,7 @@ def _lines_seen(stream: httpx.Response) -> int:
 def test_metrics_and_log_tell_of_migrations(server: Server) -> None:
     """Prometheus series, and one log line per migration with all it should say."""
     body = {"a": {"text": "walk 12\n", "sampling_params": LONG}}
-    asyncio.run(run_all(server.url, body, at_once=1, move_on=server.decode_workers(), movers=1))
+    asyncio.run(run_all(server.url, body, at_once=1, move_on=server.decode_workers()))
     server.wait_until_idle()
     text = httpx.get(f"{server.url}/metrics").text
     completed = re.search(
@@ -258,7 +258,12 @@ def test_stream_is_in_order_behind_a_slow_detokenizer(server: Server) -> None:
     bodies = {
         f"lag-{i}": {
             "text": f"walk {5 + i}\n",
-            "sampling_params": {**LONG, "temperature": 1.0, "sampling_seed": i},
+            "sampling_params": {
+                **LONG,
+                "max_new_tokens": 1500,
+                "temperature": 1.0,
+                "sampling_seed": i,
+            },
         }
         for i in range(8)
     }
@@ -287,3 +292,26 @@ def test_stream_is_in_order_behind_a_slow_detokenizer(server: Server) -> None:
     for rid, answer in moved.items():
         assert answer["output_ids"] == unmoved[f"{rid}-ref"]["output_ids"], rid
         assert answer["text"] == unmoved[f"{rid}-ref"]["text"], rid
+
+
+def test_control_requests_reach_every_worker_and_leave_nothing(server: Server) -> None:
+    """Health probes under load, and a weight update, as an orchestrator sends them."""
+
+    async def probe_under_load() -> None:
+        body = {"load": {"text": "walk 9\n", "sampling_params": {**LONG, "max_new_tokens": 1500}}}
+        running = asyncio.create_task(run_all(server.url, body, at_once=1))
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            while not running.done():
+                assert (await client.get("/health_generate")).status_code == 200
+                await asyncio.sleep(0.05)
+        await running
+
+    asyncio.run(probe_under_load())
+    status = server.wait_until_idle()
+    assert all(w["queued"] == 0 and w["queued_tokens"] == 0 for w in status["workers"]), status
+    model = httpx.get(f"{server.url}/v1/models").json()["data"][0]["root"]
+    updated = httpx.post(
+        f"{server.url}/update_weights_from_disk", json={"model_path": model}, timeout=120
+    )
+    assert updated.status_code == 200 and updated.json()["success"], updated.text
+    assert httpx.get(f"{server.url}/health_generate", timeout=60).status_code == 200

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sglang.srt.utils.auth import add_api_key_middleware
 
-from sglang_ares.srt.entrypoints.admin_api import ares_router
+from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 
 ENDPOINTS = (("GET", "/ares/status"), ("GET", "/ares/requests"), ("POST", "/ares/migrate"))
@@ -19,7 +19,7 @@ MOVE = {"rid": "a", "target": 1}
 def client(folder: Path, **keys: str | None) -> TestClient:
     """An app like upstream's, whose controller never answers."""
     app = FastAPI()
-    app.include_router(ares_router(FrontClient(f"ipc://{folder}/nobody", timeout_s=0.05)))
+    add_ares_routes(app, FrontClient(f"ipc://{folder}/nobody", timeout_s=0.05))
     add_api_key_middleware(
         app, api_key=keys.get("api_key"), admin_api_key=keys.get("admin_api_key")
     )

@@ -120,7 +120,7 @@ class MigrationManager:
         found = self._host.find_running(command.rid)
         reason = self._why_not(command, found)
         if reason is not None or found is None:
-            self._host.report(
+            self._report(
                 MigrationResult(
                     migration_id=command.migration_id,
                     rid=command.rid,
@@ -180,7 +180,7 @@ class MigrationManager:
     def _on_offer(self, offer: Offer, now: float) -> None:
         source = self._peers.get(offer.source)
         if source is None or offer.migration_id in self.inbound:
-            logger.warning("dropped an offer of unknown worker %d", offer.source)
+            logger.warning("dropped an offer of worker %d: unknown, or repeated", offer.source)
             return
         migration = TargetMigration(self._host, self._limits, offer, source, now)
         self.inbound[offer.migration_id] = migration
@@ -191,6 +191,9 @@ class MigrationManager:
         self._drop_if_final(migration)
 
     def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
+        if message.source not in self._peers:
+            logger.warning("dropped a message of unknown worker %d", message.source)
+            return
         migration = self.inbound.get(message.migration_id)
         if migration is not None:
             if isinstance(message, Commit):
@@ -278,20 +281,7 @@ class MigrationManager:
         record = migration.record
         if not record.final:
             return
-        duration_s = now - record.started_at
-        logger.info(
-            "migration %d rid=%s from=%d to=%d tokens=%d bytes=%d ms=%.1f outcome=%s%s",
-            record.migration_id,
-            record.rid,
-            record.source,
-            record.target,
-            record.tokens,
-            migration.kv_bytes,
-            1e3 * duration_s,
-            record.outcome,
-            f" reason={record.reason!r}" if record.reason else "",
-        )
-        self._host.report(
+        self._report(
             MigrationResult(
                 migration_id=record.migration_id,
                 rid=record.rid,
@@ -301,9 +291,25 @@ class MigrationManager:
                 reason=record.reason,
                 tokens=record.tokens,
                 kv_bytes=migration.kv_bytes,
-                duration_s=duration_s,
+                duration_s=now - record.started_at,
             )
         )
+
+    def _report(self, result: MigrationResult) -> None:
+        """One line in the log, and the controller."""
+        logger.info(
+            "migration %d rid=%s from=%d to=%d tokens=%d bytes=%d ms=%.1f outcome=%s%s",
+            result.migration_id,
+            result.rid,
+            result.source,
+            result.target,
+            result.tokens,
+            result.kv_bytes,
+            1e3 * result.duration_s,
+            result.outcome,
+            f" reason={result.reason!r}" if result.reason else "",
+        )
+        self._host.report(result)
 
     def _drop_if_final(self, migration: TargetMigration) -> None:
         record = migration.record

@@ -35,8 +35,15 @@ CLUSTER: tuple[Refusal, ...] = (
         "pipeline_parallel",
         "--pp-size > 1",
         "A request's KV is spread over stages that step at different times.",
-        "Use --tp-size.",
+        "Use more decode workers: --ares-decode-workers.",
         lambda a: a.pp_size > 1,
+    ),
+    Refusal(
+        "tensor_parallel",
+        "--tp-size > 1",
+        "The ranks of a worker do not act on a migration in the same step yet.",
+        "Use models that fit one device, and more workers: --ares-decode-workers.",
+        lambda a: a.tp_size > 1,
     ),
     Refusal(
         "data_parallel",

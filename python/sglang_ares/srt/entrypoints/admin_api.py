@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
@@ -16,26 +16,29 @@ class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/migrate``."""
 
     rid: str
-    target: int
+    target: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
-def ares_router(client: FrontClient) -> APIRouter:
-    """The endpoints; all ask the controller through ``client``."""
-    router = APIRouter(prefix="/ares", tags=["ares"])
+def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
+    """Add the endpoints to ``app``; all ask the controller through ``client``.
 
-    @router.get("/status")
+    They are routes of the app itself: upstream's authorisation does not see the level of an
+    endpoint that came with a router.
+    """
+
+    @app.get("/ares/status")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def status() -> Response:
         """Workers, migrations, policies and uptime."""
         return await _answer(client.status())
 
-    @router.get("/requests")
+    @app.get("/ares/requests")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def requests() -> Response:
         """The live requests: rid, worker, tokens, age_s."""
         return await _answer(client.requests())
 
-    @router.post("/migrate")
+    @app.post("/ares/migrate")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def migrate(request: Request) -> Response:
         """Move a request to a decode worker; answers with the outcome."""
@@ -44,8 +47,6 @@ def ares_router(client: FrontClient) -> APIRouter:
         except msgspec.MsgspecError as error:
             return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
         return await _answer(client.migrate(body.rid, body.target))
-
-    return router
 
 
 async def _answer(query: Any) -> Response:

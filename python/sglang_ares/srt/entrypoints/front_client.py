@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from typing import Any
 
 import msgspec
@@ -19,6 +20,8 @@ from sglang_ares.srt.managers.io_struct import (
     StatusQuery,
     encode,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class ControllerTimeoutError(TimeoutError):
@@ -72,7 +75,12 @@ class FrontClient:
     async def _read(self) -> None:
         assert self._socket is not None
         while True:
-            reply = self._decoder.decode(await self._socket.recv())
+            frame = await self._socket.recv()
+            try:
+                reply = self._decoder.decode(frame)
+            except msgspec.MsgspecError:
+                logger.warning("dropped a malformed answer of the controller")
+                continue
             future = self._pending.get(reply.query_id)
             if future is not None and not future.done():
                 future.set_result(reply)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_ares.srt.disaggregation.migration import COMPLETED
+from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
 from sglang_ares.srt.managers.io_struct import MigrationResult, WorkerReport
 from sglang_ares.srt.policy.types import DECODE, WorkerLoad
 
@@ -85,6 +85,7 @@ class ClusterState:
         self.migrations_completed = 0
         self.migrations_refused: Counter[str] = Counter()
         self.migrations_failed: Counter[str] = Counter()
+        self.migrations_cancelled: Counter[str] = Counter()
         self.started_at = time.monotonic()
 
     def with_role(self, role: str) -> list[WorkerView]:
@@ -92,9 +93,21 @@ class ClusterState:
         return [w for w in self.workers.values() if w.role == role and w.state == "ready"]
 
     def loads(self, role: str) -> list[WorkerLoad]:
-        """The loads of a role's workers, for a policy."""
+        """The loads of a role's workers, for a policy. What is on the move counts where it goes,
+        or the same gap would be closed twice."""
         moving = frozenset(m.rid for m in self.moving.values())
-        return [w.load(moving) for w in self.with_role(role)]
+        loads = {w.worker_id: w.load(moving) for w in self.with_role(role)}
+        for move in self.moving.values():
+            source, target = loads.get(move.source), loads.get(move.target)
+            tokens = next(
+                (r.tokens for r in (source.requests if source else ()) if r.rid == move.rid), 0
+            )
+            if source is not None and target is not None and tokens:
+                held = max(0, source.kv_tokens - tokens)
+                loads[move.source] = msgspec.structs.replace(source, kv_tokens=held)
+                coming = target.queued_tokens + tokens
+                loads[move.target] = msgspec.structs.replace(target, queued_tokens=coming)
+        return list(loads.values())
 
     def note_dispatch(self, rid: str, prefill: int, decode: int, prompt_tokens: int) -> None:
         """A request was sent to its two workers."""
@@ -140,8 +153,10 @@ class ClusterState:
             owner = self.owners.get(result.rid)
             if owner is not None:
                 owner.decode = result.target
-        elif result.outcome == "refused":
+        elif result.outcome == REFUSED:
             self.migrations_refused[_key(result.reason)] += 1
+        elif result.outcome == CANCELLED:
+            self.migrations_cancelled[_key(result.reason)] += 1
         else:
             self.migrations_failed[_key(result.reason)] += 1
         return True
@@ -159,6 +174,7 @@ class ClusterState:
                 "completed": self.migrations_completed,
                 "refused": dict(self.migrations_refused),
                 "failed": dict(self.migrations_failed),
+                "cancelled": dict(self.migrations_cancelled),
                 "in_flight": len(self.moving),
             },
             "requests": len(self.owners),

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 import zmq
+from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.data_parallel_controller import (
     DataParallelController,
     run_data_parallel_controller_process,
 )
 from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
+from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
@@ -151,16 +153,27 @@ class AresController(DataParallelController):
         self._sequence += 1
         prefill = self._place(new, self.state.loads(PREFILL))
         decode = self._place(new, self.state.loads(DECODE))
+        req.sampling_params.sampling_seed = self._seeds.seed_for(req)
+        if is_health_check_generate_req(req):
+            self._probe(req, prefill, decode)
+            return
         source = self.cluster.workers[prefill].spec
         req.bootstrap_host = source.bootstrap_host
         req.bootstrap_port = source.bootstrap_port
         req.bootstrap_room = random.SystemRandom().getrandbits(62)
-        req.sampling_params.sampling_seed = self._seeds.seed_for(req)
         sock_send(self.workers[prefill], req)
         sock_send(self.workers[decode], req)
         self.state.note_dispatch(req.rid, prefill, decode, new.prompt_tokens)
         self.metrics.dispatched(prefill, PREFILL)
         self.metrics.dispatched(decode, DECODE)
+
+    def _probe(self, req: TokenizedGenerateReqInput, prefill: int, decode: int) -> None:
+        """A health check: each of the two workers answers by itself, without a KV transfer, or
+        leaves it to its running requests when it is busy. Nobody owns it."""
+        req.bootstrap_host = FAKE_BOOTSTRAP_HOST
+        req.bootstrap_room = 0
+        sock_send(self.workers[prefill], req)
+        sock_send(self.workers[decode], req)
 
     def route_abort(self, abort: AbortReq) -> None:
         """To the request's two workers; to all when it is on the move, unknown, or a prefix."""
@@ -184,9 +197,19 @@ class AresController(DataParallelController):
         return migration_id
 
     def run_rescheduling_round(self) -> None:
-        """Plan on the latest loads and command the moves."""
-        for move in self._reschedule(self.state.loads(DECODE), self._limits):
-            self.start_migration(move.rid, move.source, move.target)
+        """Plan on the latest loads and command the moves. A policy that fails, or plans for
+        workers that are not there, costs its round, not the cluster."""
+        try:
+            moves = self._reschedule(self.state.loads(DECODE), self._limits)
+        except Exception:
+            logger.exception("rescheduling policy %s failed", self.ares_args.rescheduling)
+            return
+        serving = {w.worker_id for w in self.state.with_role(DECODE)}
+        for move in moves:
+            if {move.source, move.target} <= serving:
+                self.start_migration(move.rid, move.source, move.target)
+            else:
+                logger.error("the policy planned an impossible move: %s", move)
 
     def _on_worker_message(self, frame: bytes) -> None:
         message = self._decode(self._from_workers, frame)
@@ -245,10 +268,11 @@ class AresController(DataParallelController):
             refusal = (409, f"the request is on worker {query.target} already")
         elif any(m.rid == query.rid for m in self.state.moving.values()):
             refusal = (409, "the request is being moved already")
-        if refusal is not None or owner is None:
-            status, reason = refusal or (404, "gone")
+        if refusal is not None:
+            status, reason = refusal
             self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
+        assert owner is not None
         migration_id = self.start_migration(query.rid, owner.decode, query.target)
         self._waiting[migration_id] = (identity, query.query_id)
 

@@ -108,6 +108,9 @@ class AresScheduler(Scheduler):
                 self.migrations.start(message, now)
             else:
                 self.migrations.handle(message, now)
+        if self._engine_paused and self.migrations is not None:
+            # Upstream's loop goes no further while paused; migrations under way must end.
+            self.migrations.tick(now)
         self.ares.report_load(self, now)
         return received
 
@@ -212,6 +215,7 @@ class AresScheduler(Scheduler):
             queued += [d.req for d in queue.queue]
             queued += [d.req for d in self.disagg_decode_transfer_queue.queue]
             queued += queue.retracted_queue
+            queued += queue.held_rebootstrap_reqs
             assert self.migrations is not None
             queued += self.migrations.stopped_requests()
         elif self.disaggregation_mode is DisaggregationMode.PREFILL:

@@ -20,5 +20,7 @@ def init_ares_tokenizer_manager(server_args: ServerArgs, port_args: PortArgs) ->
     workers = ares_args_of(server_args).total_workers
     tokenizer_manager, template_manager = init_tokenizer_manager(server_args, port_args)
     tokenizer_manager.update_control_communicator_fan_out(workers)
+    # Upstream's name for the number of schedulers that answer weight updates and load queries.
+    tokenizer_manager.elastic_worker_count = workers
     tokenizer_manager.load_snapshot_reader = cluster_load_reader(port_args.instance_id, workers)
     return tokenizer_manager, template_manager

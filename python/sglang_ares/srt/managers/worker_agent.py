@@ -142,7 +142,7 @@ class WorkerAgent:
                         blackout_s=time.time() - landing.stopped_at,
                     )
                 )
-            elif not landing.req.finished():
+            elif not landing.req.finished() and landing.req.rid in self.received:
                 waiting.append(landing)
         self._landings = waiting
 

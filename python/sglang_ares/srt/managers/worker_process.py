@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -43,8 +42,6 @@ def run_worker_process(
         overlap=not server_args.disable_overlap_schedule,
         seeded_sampling=spec.seeded_sampling,
     )
-    # Upstream's function looks the scheduler class up in its module, where the hook put ours.
-    importlib.import_module("sglang.srt.managers.scheduler")
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
 
 

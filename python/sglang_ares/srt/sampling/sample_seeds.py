@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
 _REMEMBERED = 1024
-_MASK = (1 << 62) - 1
 
 
 class SampleSeeds:
@@ -37,4 +36,4 @@ class SampleSeeds:
                 self._samples.popitem(last=False)
         if sample == 0:
             return int(params.sampling_seed)
-        return random.Random(f"{params.sampling_seed}/{sample}").getrandbits(62) & _MASK
+        return random.Random(f"{params.sampling_seed}/{sample}").getrandbits(62)
