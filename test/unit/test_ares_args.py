@@ -223,6 +223,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"disaggregation_mode": "prefill"}, "disaggregation_mode"),
     ({"disaggregation_mode": "decode"}, "disaggregation_mode"),
     ({"pp_size": 2}, "pipeline_parallel"),
+    ({"tp_size": 2}, "tensor_parallel"),
     ({"dp_size": 2}, "data_parallel"),
     ({"enable_dp_attention": True}, "data_parallel"),
     ({"nnodes": 2}, "multi_node"),
@@ -317,7 +318,7 @@ def test_a_refused_flag_stops_the_start(environment: None) -> None:
     with pytest.raises(AresArgsError) as caught:
         prepare_server_args(server_args, AresArgs())
     text = str(caught.value)
-    assert "--pp-size" in text and "cannot be used" in text and "--tp-size" in text
+    assert "--pp-size" in text and "cannot be used" in text and "--ares-decode-workers" in text
 
 
 def test_a_missing_model_folder_is_named(environment: None) -> None:

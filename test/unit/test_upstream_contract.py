@@ -119,6 +119,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.data_parallel_controller", "run_data_parallel_controller_process",
      ("server_args", "port_args", "pipe_writer"), "controller.py"),
     ("managers.io_struct", "sock_send", ("socket", "obj"), "controller.py"),
+    ("managers.utils", "is_health_check_generate_req", ("recv_req",), "controller.py"),
+    ("disaggregation.utils", "FAKE_BOOTSTRAP_HOST", (), "controller.py"),
     ("managers.io_struct", "sock_recv", ("socket", "flags"), "controller.py"),
     ("managers.io_struct", "AbortReq", ("rid", "abort_all"), "controller.py"),
     ("managers.load_snapshot", "ShmLoadSnapshotWriter",
