@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_ares.srt.sampling.seeded import min_p_before, multinomial_with_seed
+from sglang_ares.srt.sampling.seeded import draw_filtered, multinomial_with_seed
 
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 CONTROLLER = "sglang.srt.managers.data_parallel_controller.DataParallelController"
@@ -29,7 +29,7 @@ def hook_worker(scheduler_class: type, *, overlap: bool, seeded_sampling: bool) 
     HookRegistry.register(SCHEDULER, scheduler_class, HookType.REPLACE)
     if seeded_sampling:
         HookRegistry.register(SAMPLING_INFO, _seed_every_row, HookType.AFTER)
-        HookRegistry.register(TORCH_SAMPLER, min_p_before, HookType.AROUND)
+        HookRegistry.register(TORCH_SAMPLER, draw_filtered, HookType.AROUND)
         HookRegistry.register(SEEDED_DRAW, multinomial_with_seed, HookType.REPLACE)
     if overlap:
         HookRegistry.register(PENALTY_FEED, _feed_one_step_late, HookType.AROUND)

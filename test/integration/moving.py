@@ -52,7 +52,7 @@ async def move_about(
     choice = random.Random(rid)
     here: int | None = None
     while not ended.is_set() and log.completed[rid] < moves:
-        await asyncio.sleep(choice.uniform(0.01, 0.05))
+        await asyncio.sleep(choice.uniform(0.005, 0.03))
         target = choice.choice([w for w in workers if w != here])
         if await migrate(client, rid, target, log) == "completed":
             here = target

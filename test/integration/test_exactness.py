@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "greedy": (45, {"temperature": 0}, {}),
     "seeded": (45, {"temperature": 1.0}, {}),
     "top_p_top_k_min_p": (20, {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.02}, {}),
-    "frequency_penalty": (15, {"temperature": 0.8, "frequency_penalty": 0.5}, {}),
+    "frequency_penalty": (20, {"temperature": 0.8, "frequency_penalty": 0.5}, {}),
     "presence_repetition": (
         15,
         {"temperature": 0.8, "presence_penalty": 0.4, "repetition_penalty": 1.15},
@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
         {},
     ),
-    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 400}, {}),
+    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 700}, {}),
     "stop_string": (15, {"temperature": 1.0, "stop": ["77 7 7", "0 0 0 0"]}, {}),
     "stop_token_ids": (
         10,
@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "n_2": (10, {"temperature": 1.0, "n": 2}, {}),
     "json_schema": (15, {"temperature": 1.0, "json_schema": _SCHEMA}, {}),
 }
-MIN_TOKENS = 500
+MIN_TOKENS = 800
 
 
 def bodies() -> dict[str, dict[str, Any]]:

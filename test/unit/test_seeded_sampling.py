@@ -15,7 +15,7 @@ from sglang.srt.layers import sampler
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
-from sglang_ares.srt.sampling.seeded import min_p_before, multinomial_with_seed, uniform
+from sglang_ares.srt.sampling.seeded import draw_filtered, multinomial_with_seed, uniform
 
 MIN_INT, MAX_INT = -(2**63), 2**63 - 1
 
@@ -37,10 +37,10 @@ def random_logprobs(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @given(st.lists(st.tuples(st.integers(MIN_INT, MAX_INT), st.integers(0, 2**31)), min_size=1))
 def test_uniform_is_in_the_unit_interval_and_a_function(pairs: list[tuple[int, int]]) -> None:
     seeds, positions = (torch.tensor(x) for x in zip(*pairs))
-    u = uniform(seeds, positions)
-    assert u.dtype == torch.float64
-    assert ((u >= 0) & (u < 1)).all()
-    assert torch.equal(u, uniform(seeds, positions))
+    u = uniform(seeds, positions, 9)
+    assert u.dtype == torch.float64 and u.shape == (len(seeds), 9)
+    assert ((u > 0) & (u < 1)).all()
+    assert torch.equal(u, uniform(seeds, positions, 9))
 
 
 def test_uniform_is_splitmix64() -> None:
@@ -57,15 +57,21 @@ def test_uniform_is_splitmix64() -> None:
         for position in (0, 1, 17, 131072):
             state = mix((seed + golden) & mask)
             state = mix((state + (position + 1) * golden) & mask)
-            expected = (state >> 11) * 2.0**-53
-            assert uniform(torch.tensor([seed]), torch.tensor([position])).item() == expected
+            columns = [mix((state + (c + 1) * golden) & mask) for c in range(3)]
+            expected = [((bits >> 11) + 0.5) * 2.0**-53 for bits in columns]
+            drawn = uniform(torch.tensor([seed]), torch.tensor([position]), 3)
+            assert drawn[0].tolist() == expected
 
 
-@pytest.mark.parametrize("along", ["positions", "seeds"])
+@pytest.mark.parametrize("along", ["positions", "seeds", "columns"])
 def test_uniform_is_uniform_and_uncorrelated(along: str) -> None:
     n = 20_000
     moving, fixed = torch.arange(n), torch.full((n,), 7)
-    u = uniform(fixed, moving) if along == "positions" else uniform(moving, fixed)
+    if along == "columns":
+        u = uniform(fixed[:1], fixed[:1], n)[0]
+    else:
+        pair = (fixed, moving) if along == "positions" else (moving, fixed)
+        u = uniform(*pair, 3)[:, 1]
     assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
     neighbours = torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1]
     assert abs(neighbours.item()) < 0.03
@@ -99,15 +105,16 @@ def test_weights_need_not_be_normalised() -> None:
 
 
 @settings(max_examples=60)
-@given(st.integers(2, 50), st.integers(0, 2**62), st.integers(0, 10**6), st.randoms())
-def test_the_order_of_columns_does_not_matter(
-    columns: int, seed: int, position: int, rng: Any
-) -> None:
-    logprobs = random_logprobs(1, columns, seed=rng.randrange(10**6))
-    order = list(range(columns))
-    rng.shuffle(order)
-    token = draw(logprobs, [seed], [position]).item()
-    assert order[draw(logprobs[:, order], [seed], [position]).item()] == token
+@given(st.integers(2, 50), st.integers(0, 2**62), st.integers(0, 10**6))
+def test_rounding_does_not_matter(columns: int, seed: int, position: int) -> None:
+    """Differences such as another batch size makes leave the draw alone, but for near-ties."""
+    logprobs = random_logprobs(1, columns, seed=seed % 10**6).double()
+    noise = -torch.log(-torch.log(uniform(torch.tensor([seed]), torch.tensor([position]), columns)))
+    best, second = (logprobs + noise)[0].topk(2).values.tolist()
+    if best - second > 1e-4:
+        rounded = logprobs + 1e-6 * random_logprobs(1, columns, seed=1).double()
+        token = draw(logprobs, [seed], [position]).item()
+        assert draw(rounded, [seed], [position]).item() == token
 
 
 @settings(max_examples=60)
@@ -139,18 +146,6 @@ def test_the_impossible_is_never_drawn(possible: list[bool], seed: int) -> None:
     assert all(possible[i] for i in drawn.tolist())
 
 
-def test_the_last_possible_column_is_drawn_at_the_very_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest uniform number there is, and a total that rounding has pushed above the sum."""
-    from sglang_ares.srt.sampling import seeded
-
-    monkeypatch.setattr(
-        seeded, "uniform", lambda seed, positions: torch.full((len(seed),), 1 - 2.0**-53).double()
-    )
-    logprobs = torch.log(torch.tensor([[0.3, 0.0, 0.3, 0.4, 0.0, 0.0]]))
-    assert draw(logprobs, [1], [1]).item() == 2
-    assert draw(torch.log(torch.tensor([[0.0, 1.0, 0.0]])), [1], [1]).item() == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_precision_of_the_logprobs_is_kept(dtype: torch.dtype) -> None:
     logprobs = random_logprobs(16, 1000).to(dtype)
@@ -173,7 +168,7 @@ def sample(
 ) -> Any:
     """Upstream's sampler with both of our hooks, as in a worker."""
     n = len(probs)
-    return min_p_before(
+    return draw_filtered(
         sampler.top_k_top_p_min_p_sampling_from_probs_torch,
         probs.clone(),
         torch.full((n,), top_k),
@@ -234,14 +229,16 @@ def test_all_three_filters_keep_upstreams_set(
         torch.tensor([0]),
         return_filtered_probs=True,
     )
-    token, ours, our_order, _ = sample(
-        row, top_k=top_k, top_p=top_p, min_p=[min_p], seeds=[seed], positions=[3],
-        return_filtered_probs=True,
-    )  # fmt: skip
-    assert torch.equal(ours, upstreams)
     kept = {int(i) for i, p in zip(order[0], upstreams[0]) if p > 0}
-    assert {int(i) for i, p in zip(our_order[0], ours[0]) if p > 0} == kept
-    assert token.item() in kept
+    n = 400
+    drawn = sample(
+        row.expand(n, -1), top_k=top_k, top_p=top_p, min_p=[min_p] * n, seeds=[seed] * n,
+        positions=list(range(n)),
+    )  # fmt: skip
+    weights = {int(i): float(p) for i, p in zip(order[0], upstreams[0]) if p > 0}
+    assert set(drawn.tolist()) <= kept
+    likely = {i for i, p in weights.items() if p / sum(weights.values()) > 0.05}
+    assert likely <= set(drawn.tolist())
 
 
 @pytest.mark.parametrize("neighbours_min_p", [0.0, 0.4])
@@ -279,7 +276,7 @@ def test_without_seeds_upstream_is_called_as_it_was() -> None:
         "sampling_seed": None,
         "positions": 3,
     }
-    assert min_p_before(original, probs, **arguments, return_filtered_probs=True) == "result"
+    assert draw_filtered(original, probs, **arguments, return_filtered_probs=True) == "result"
     ((seen, kwargs),) = calls
     assert seen is probs
     assert kwargs.pop("return_filtered_probs") is True
@@ -298,16 +295,18 @@ def test_the_caller_keeps_its_probabilities() -> None:
     """Filtering must not write into what upstream computes log-probabilities from."""
     probs = random_logprobs(1, 12).exp()
     before = probs.clone()
-    min_p_before(
-        lambda p, **kwargs: None,
-        probs,
-        None,
-        None,
-        torch.tensor([0.9]),
-        True,
-        torch.tensor([1]),
-        None,
-    )
+    for extra in ({}, {"return_filtered_probs": True}):
+        draw_filtered(
+            lambda p, **kwargs: None,
+            probs,
+            torch.tensor([5]),
+            torch.tensor([0.9]),
+            torch.tensor([0.9]),
+            True,
+            torch.tensor([1]),
+            torch.tensor([1]),
+            **extra,
+        )
     assert torch.equal(probs, before)
 
 

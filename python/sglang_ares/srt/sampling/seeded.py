@@ -2,9 +2,9 @@
 
 Upstream samples by seed only under ``--enable-deterministic-inference``, on a CPU only with
 kernels built from source, and its draw depends on what else is in the batch. Here every request
-has a seed, and the draw is plain torch on any device: one uniform number per row, hashed from
-seed and position, then the inverse of the cumulative distribution over the tokens in order of
-probability.
+has a seed, and the draw is plain torch on any device: the token with the largest log-probability
+plus Gumbel noise, where the noise is hashed from seed, position and token id. Rounding, which
+differs between batches, can then change the token only where two sums are nearly equal.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniform(seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One float64 in [0, 1) per row; ``seed`` and ``positions`` are integers of shape (n,)."""
+def uniform(seed: torch.Tensor, positions: torch.Tensor, columns: int) -> torch.Tensor:
+    """(n, columns) float64 in (0, 1); ``seed`` and ``positions`` are integers of shape (n,)."""
     state = _mix(seed.to(torch.int64) + _GOLDEN)
     state = _mix(state + (positions.to(torch.int64) + 1) * _GOLDEN)
-    return _shift_right(state, 11).to(torch.float64) * _UNIT
+    column = torch.arange(1, columns + 1, dtype=torch.int64, device=seed.device) * _GOLDEN
+    bits = _shift_right(_mix(state.unsqueeze(1) + column.unsqueeze(0)), 11)
+    return (bits.to(torch.float64) + 0.5) * _UNIT
 
 
 def multinomial_with_seed(
     logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Column drawn for each row of ``logprobs``.
+    """Column drawn for each row of ``logprobs``; a column stands for the same token in any batch.
 
     Args:
         logprobs: (n, m) float, not necessarily normalised; ``-inf`` is never drawn.
@@ -50,25 +52,33 @@ def multinomial_with_seed(
     Returns:
         (n, 1) int64.
     """
-    # Upstream hands over the columns sorted or not, depending on what else is in the batch.
-    # Drawing in order of probability makes the result independent of that.
-    ordered, column_of = logprobs.to(torch.float64).sort(dim=1, descending=True, stable=True)
-    cumulative = ordered.exp().cumsum(dim=1)
-    total = cumulative[:, -1:]
-    threshold = uniform(seed, positions).unsqueeze(1) * total
-    drawn = torch.searchsorted(cumulative, threshold, right=True)
-    # Rounding may place the threshold at the very end, where the last columns can be impossible.
-    last_possible = (cumulative < total).sum(dim=1, keepdim=True)
-    return column_of.gather(1, torch.minimum(drawn, last_possible))
+    noise = -torch.log(-torch.log(uniform(seed, positions, logprobs.shape[1])))
+    return (logprobs.to(torch.float64) + noise).argmax(dim=1, keepdim=True)
 
 
-def min_p_before(original: Any, probs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Upstream's top-k/top-p/min-p sampler refuses min-p together with seeds. Min-p keeps a
-    prefix of the sorted probabilities, so it can be applied first."""
+def draw_filtered(original: Any, probs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Top-k, top-p and min-p in the order of the vocabulary.
+
+    Upstream draws from sorted columns, whose order depends on rounding, and refuses min-p together
+    with seeds. Without seeds, or when the filtered set itself is wanted (such requests do not
+    move), upstream's sampler runs.
+    """
     names = ("top_ks", "top_ps", "min_ps", "need_min_p_sampling", "sampling_seed", "positions")
     call = dict(zip(names, args, strict=False)) | kwargs
-    if call["need_min_p_sampling"] and call["sampling_seed"] is not None:
-        least = probs.max(dim=-1, keepdim=True).values * call["min_ps"].view(-1, 1)
-        probs = torch.where(probs < least, 0.0, probs)
-        call["need_min_p_sampling"] = False
-    return original(probs, **call)
+    if call["sampling_seed"] is None:
+        return original(probs, **call)
+    if call.get("return_filtered_probs"):
+        if call["need_min_p_sampling"]:
+            least = probs.max(dim=-1, keepdim=True).values * call["min_ps"].view(-1, 1)
+            probs = torch.where(probs < least, 0.0, probs)
+            call["need_min_p_sampling"] = False
+        return original(probs, **call)
+    ordered, token_of = probs.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    rank = torch.arange(probs.shape[-1], device=probs.device).view(1, -1)
+    dropped = (rank >= call["top_ks"].view(-1, 1)) | (before > call["top_ps"].view(-1, 1))
+    if call["need_min_p_sampling"]:
+        dropped |= ordered < ordered[:, :1] * call["min_ps"].view(-1, 1)
+    filtered = torch.zeros_like(probs).scatter(1, token_of, ordered.masked_fill(dropped, 0.0))
+    drawn = multinomial_with_seed(filtered.log(), call["sampling_seed"], call["positions"])
+    return drawn.view(-1).to(torch.int32)
