@@ -31,8 +31,8 @@ _SCHEMA = json.dumps(
 )
 # Family name -> (share of the requests, sampling parameters, other fields).
 FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "greedy": (45, {"temperature": 0}, {}),
-    "seeded": (45, {"temperature": 1.0}, {}),
+    "greedy": (60, {"temperature": 0}, {}),
+    "seeded": (60, {"temperature": 1.0}, {}),
     "top_p_top_k_min_p": (20, {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "min_p": 0.02}, {}),
     "frequency_penalty": (20, {"temperature": 0.8, "frequency_penalty": 0.5}, {}),
     "presence_repetition": (
