@@ -70,9 +70,7 @@ class Processes:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self._log_dir / f"{name}.log").open("wb") as log:
             self._started.append(
-                subprocess.Popen(
-                    command, stdout=log, stderr=log, start_new_session=True, env=environment
-                )
+                subprocess.Popen(command, stdout=log, stderr=log, process_group=0, env=environment)
             )
 
     def stop(self) -> None:

@@ -63,7 +63,9 @@ def start_server(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], Serve
             [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port), *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            # A group, not a session: Linux shares the cores between sessions first (autogroups),
+            # and on few cores that starves the client of a busy server for seconds.
+            process_group=0,
         )
     server = Server(f"http://127.0.0.1:{port}", process.pid, log)
     deadline = time.monotonic() + START_TIMEOUT_S
