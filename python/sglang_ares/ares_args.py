@@ -57,6 +57,18 @@ class AresArgs:
         "(the request then stays where it is).",
         metavar="S",
     )
+    worker_timeout: float = _flag(
+        5.0,
+        "Seconds without a sign of life after which a worker counts as dead: it is ended, its "
+        "requests go on elsewhere, and it is started anew.",
+        metavar="S",
+    )
+    max_restarts: int = _flag(
+        5, "How often a worker that died is started anew; after that it is left out."
+    )
+    max_attempts: int = _flag(
+        5, "How often a request is recovered from failing workers before it is given up."
+    )
     worker_start_timeout: float = _flag(
         600.0, "Seconds a worker may take to load its model.", metavar="S"
     )
@@ -66,6 +78,8 @@ class AresArgs:
             ("prefill_workers", 1),
             ("decode_workers", 1),
             ("max_moves", 0),
+            ("max_restarts", 0),
+            ("max_attempts", 0),
             ("max_migrations_per_worker", 1),
             ("min_gap_tokens", 0),
         ):
@@ -83,6 +97,7 @@ class AresArgs:
             "reschedule_interval",
             "report_interval",
             "migration_timeout",
+            "worker_timeout",
             "worker_start_timeout",
         ):
             value = getattr(self, name)

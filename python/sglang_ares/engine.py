@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import multiprocessing as mp
 import os
 import shutil
@@ -18,6 +19,7 @@ from sglang_ares.ares_args import AresArgs, AresArgsError
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.entrypoints.front_client import FrontClient
+from sglang_ares.srt.managers.runtime_dir import front_endpoint
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
 from sglang_ares.srt.platforms.cpu import CPU_DEFAULTS, accelerator_present
@@ -63,15 +65,15 @@ def _check_model_path(model_path: str) -> None:
         )
 
 
-def front_endpoint(runtime_dir: str) -> str:
-    """Where the controller listens for the front."""
-    return f"ipc://{runtime_dir}/front"
-
-
 def ares_args_of(server_args: ServerArgs) -> AresArgs:
     """The cluster's configuration, as attached by :func:`prepare_server_args`."""
     ares_args: AresArgs = server_args._ares_args
     return ares_args
+
+
+def detokenizer_of(server_args: ServerArgs) -> Callable[..., None]:
+    """The entry point of the detokenizer's process."""
+    return functools.partial(run_detokenizer, server_args._ares_runtime_dir)
 
 
 class Engine(UpstreamEngine):
@@ -83,14 +85,15 @@ class Engine(UpstreamEngine):
     """
 
     init_tokenizer_manager_func = staticmethod(init_ares_tokenizer_manager)
-    run_detokenizer_process_func = staticmethod(run_detokenizer)
 
     def __init__(self, **kwargs: Any) -> None:
         ares_args = AresArgs.pop_from_kwargs(kwargs)
         server_args = kwargs.get("server_args")
         if server_args is None:
             server_args = ServerArgs(**{"log_level": "error", **default_server_args(), **kwargs})
-        super().__init__(server_args=prepare_server_args(server_args, ares_args))
+        server_args = prepare_server_args(server_args, ares_args)
+        self.run_detokenizer_process_func = detokenizer_of(server_args)
+        super().__init__(server_args=server_args)
         self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
 
     @classmethod

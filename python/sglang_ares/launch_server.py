@@ -79,9 +79,10 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang.srt.entrypoints.http_server import _setup_and_run_http_server, app
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from sglang_ares.engine import Engine, front_endpoint, prepare_server_args
+    from sglang_ares.engine import Engine, detokenizer_of, prepare_server_args
     from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
     from sglang_ares.srt.entrypoints.front_client import FrontClient
+    from sglang_ares.srt.managers.runtime_dir import front_endpoint
 
     check_port(server_args.host, server_args.port)
     server_args = prepare_server_args(server_args, ares_args)
@@ -92,7 +93,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
             server_args=server_args,
             init_tokenizer_manager_func=Engine.init_tokenizer_manager_func,
             run_scheduler_process_func=run_scheduler_process,
-            run_detokenizer_process_func=Engine.run_detokenizer_process_func,
+            run_detokenizer_process_func=detokenizer_of(server_args),
         )
     )
     client = FrontClient(front_endpoint(runtime_dir))

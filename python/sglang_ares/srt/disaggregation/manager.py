@@ -15,6 +15,7 @@ from sglang_ares.srt.disaggregation.source import SourceHost, SourceMigration
 from sglang_ares.srt.disaggregation.target import TargetHost, TargetMigration
 from sglang_ares.srt.managers.io_struct import (
     Accept,
+    Adopted,
     Cancel,
     Cancelled,
     Commit,
@@ -58,6 +59,10 @@ class MigrationHost(SourceHost, TargetHost, Protocol):
         """A request that was built for a migration does not come after all."""
         ...
 
+    def lost(self, req: Req, reason: str) -> None:
+        """Let go of a request that a dead worker may have owned; it needs a new attempt."""
+        ...
+
     def report(self, message: Message) -> None:
         """Tell the controller."""
         ...
@@ -93,6 +98,21 @@ class MigrationManager:
     def connect(self, peers: list[Peer]) -> None:
         """The cluster's workers."""
         self._peers = {p.worker_id: p for p in peers}
+
+    def forget_peer(self, worker_id: int) -> Peer | None:
+        """A worker that died; what it still has under way to here is dropped."""
+        return self._peers.pop(worker_id, None)
+
+    def on_peer_died(self, worker_id: int, now: float) -> None:
+        """End every migration with a worker that is dead for certain."""
+        for source in [m for m in self.outbound.values() if m.record.target == worker_id]:
+            was_final = source.record.final
+            source.on_target_died(now)
+            if not was_final:
+                self._report_if_final(source, now)
+        for target in [m for m in self.inbound.values() if m.record.source == worker_id]:
+            target.on_source_died(now)
+            self._drop_if_final(target)
 
     def take_built(self, req: Req, now: float) -> bool:
         """Whether ``req`` was built for a migration; it is then taken over here."""
@@ -237,6 +257,7 @@ class MigrationManager:
     ) -> None:
         migration = self.outbound.get(message.migration_id)
         if migration is None or migration.record.final:
+            self._answer_stray(message)
             return
         match message:
             case Accept():
@@ -250,6 +271,19 @@ class MigrationManager:
             case TransferFailed():
                 migration.on_transfer_failed(message.reason, now)
         self._report_if_final(migration, now)
+
+    def _answer_stray(self, message: Message) -> None:
+        """A target that waits for a migration unknown here, because this worker was restarted or
+        has given it up, may let go: no byte of it is in flight."""
+        if isinstance(message, Accept | TransferFailed):
+            self._host.send(
+                message.worker_id,
+                Cancel(
+                    migration_id=message.migration_id,
+                    source=self._host.worker_id,
+                    reason="migration unknown at the source",
+                ),
+            )
 
     # --- time -------------------------------------------------------------------------------
 
@@ -319,6 +353,13 @@ class MigrationManager:
         if record.state is TargetState.RELEASED:
             self._host.forget(record.rid)
         if record.state is TargetState.COMMITTED:
+            self._host.report(
+                Adopted(
+                    migration_id=record.migration_id,
+                    rid=record.rid,
+                    worker_id=self._host.worker_id,
+                )
+            )
             self._committed[record.migration_id] = record.rid
             while len(self._committed) > _REMEMBERED:
                 self._committed.popitem(last=False)

@@ -138,6 +138,29 @@ def tokenized_input(
     )
 
 
+def recompute_input(
+    attempt: TokenizedGenerateReqInput, emitted: array[int]
+) -> TokenizedGenerateReqInput:
+    """What the prefill worker of a request with output is sent: a prompt to compute the KV of.
+    The token it samples is thrown away."""
+    return msgspec.structs.replace(
+        attempt,
+        input_ids=array("q", attempt.input_ids) + emitted[:-1],
+        input_text=None,
+        sampling_params=SamplingParams(
+            max_new_tokens=1,
+            temperature=0.0,
+            ignore_eos=True,
+            sampling_seed=attempt.sampling_params.sampling_seed,
+        ),
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+
+
 def capture(req: Req) -> RequestState:
     """The state of a request that has stopped between two steps."""
     return RequestState(
@@ -166,6 +189,33 @@ def restore(req: Req, state: RequestState) -> None:
     # Upstream adds a cached prefix to `cached_tokens` unless it was counted already.
     req.already_computed = req.seqlen
     req.pd_rebootstrap_in_progress = False
+
+
+def rewind(req: Req, packed: bytes) -> None:
+    """Put a request that was built from its specification where it was after the output in
+    ``packed``, all of which the client has; the KV of all but the last token is to come.
+
+    Log-probabilities that went out already are stood in for by zeros: upstream only looks at
+    what lies behind the position it has streamed.
+    """
+    output = unpack_ids(packed)
+    req.output_ids = output
+    decode_ids, _ = req.init_incremental_detokenize()
+    req.send_decode_id_offset = len(decode_ids)
+    req.send_token_offset = len(output)
+    req.send_output_token_logprobs_offset = len(output)
+    if req.return_logprob:
+        for name in _LOGPROB_ATTRIBUTES:
+            filler: Any = 0.0 if name == "output_token_logprobs_val" else []
+            filler = 0 if name == "output_token_logprobs_idx" else filler
+            setattr(req.logprob, name, [filler] * len(output))
+    if req.grammar is not None:
+        for token in output:
+            req.grammar.accept_token(token)
+    # Upstream appends the last token when the KV has arrived.
+    req.pd_rebootstrap_forced_output_id = output[-1]
+    req.output_ids = output[:-1]
+    req.pd_rebootstrap_in_progress = True
 
 
 def _plain_list(values: Any) -> list[Any] | None:

@@ -52,6 +52,10 @@ class SourceHost(Protocol):
         """Free the request's memory; it lives elsewhere now."""
         ...
 
+    def lost(self, req: Req, reason: str) -> None:
+        """Let go of a request that a dead worker may have owned; it needs a new attempt."""
+        ...
+
     def alloc_metadata(self) -> int | None:
         """A slot of upstream's metadata buffers, if there is one."""
         ...
@@ -182,6 +186,27 @@ class SourceMigration:
     def on_transfer_failed(self, reason: str, now: float) -> None:
         """The KV did not arrive."""
         self._give_up(FAILED, reason, now)
+
+    def on_target_died(self, now: float) -> None:
+        """The target is gone. Before ``Commit`` the request simply goes on here. After it, the
+        target may have emitted tokens that only the token ledger knows: the request is recovered
+        from there, not from the state here."""
+        state = self.record.state
+        if self.record.final:
+            return
+        self._sender.abort()
+        if state in (SourceState.HANDOVER, SourceState.RECALLING):
+            self._host.lost(self.req, "the target of its migration died")
+            self._finish_with_dead_target(now)
+        else:
+            self._resume()
+            self._finish_with_dead_target(now)
+
+    def _finish_with_dead_target(self, now: float) -> None:
+        if self.record.state not in (SourceState.CANCELLING, SourceState.RECALLING):
+            handed_over = self.record.state is SourceState.HANDOVER
+            self._enter(SourceState.RECALLING if handed_over else SourceState.CANCELLING, now)
+        self._finish(SourceState.ENDED, FAILED, self.record.reason or "target died", now)
 
     def on_abort(self, now: float) -> None:
         """The client aborted. A request that still runs here ends by itself; one that stopped is

@@ -177,6 +177,11 @@ class TargetMigration:
             Cancelled(migration_id=self.record.migration_id, worker_id=self._host.worker_id),
         )
 
+    def on_source_died(self, now: float) -> None:
+        """The source is gone, and with it whatever wrote into the memory reserved here."""
+        if not self.record.final:
+            self._release(FAILED, "source died", now)
+
     # --- time -------------------------------------------------------------------------------
 
     def tick(self, now: float, receiver_poll: int | None) -> None:

@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +16,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.managers.io_struct import Peer
+from sglang_ares.srt.managers.runtime_dir import controller_endpoint, worker_endpoint
 from sglang_ares.srt.managers.worker_process import run_worker_process
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
 from sglang_ares.srt.policy.types import DECODE, PREFILL
@@ -43,6 +44,24 @@ class WorkerProcess:
     port_args: PortArgs
     processes: list[BaseProcess] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
+    # One per process that has not said yet that it is ready; when it must have.
+    readers: list[Connection] = field(default_factory=list)
+    deadline: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.spec.role} worker {self.spec.worker_id}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether all its processes run (a stopped process runs, too)."""
+        return all(p.is_alive() for p in self.processes)
+
+    @property
+    def gone(self) -> bool:
+        """Whether none of its processes is left."""
+        return not any(p.is_alive() for p in self.processes)
 
     @property
     def pids(self) -> list[int]:
@@ -70,100 +89,124 @@ class WorkerCluster:
         port_args: PortArgs,
         ares_args: AresArgs,
         runtime_dir: str,
-        controller_endpoint: str,
     ) -> None:
+        self._server_args = server_args
+        self._port_args = port_args
         self._ares_args = ares_args
-        self.workers: list[WorkerProcess] = []
+        self._runtime_dir = runtime_dir
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
         ports = _free_ports(len(roles))
-        for worker_id, (role, port) in enumerate(zip(roles, ports, strict=True)):
-            worker_args = worker_server_args(server_args, role, worker_id, port)
-            spec = WorkerSpec(
-                worker_id=worker_id,
-                role=role,
-                server_args=worker_args,
-                control_endpoint=f"ipc://{runtime_dir}/worker-{worker_id}",
-                controller_endpoint=controller_endpoint,
-                bootstrap_host=_LOOPBACK,
-                bootstrap_port=port,
-                report_interval_s=ares_args.report_interval,
-                limits=MigrationLimits(
-                    timeout_s=ares_args.migration_timeout,
-                    max_inbound=ares_args.max_migrations_per_worker,
-                ),
-                seeded_sampling=worker_args.sampling_backend == "pytorch",
-                cluster_size=len(roles),
-                loads_instance_id=port_args.instance_id,
-            )
-            self.workers.append(WorkerProcess(spec, _worker_port_args(worker_args, port_args)))
+        self.workers = [
+            self._worker(worker_id, role, port, incarnation=0)
+            for worker_id, (role, port) in enumerate(zip(roles, ports, strict=True))
+        ]
+
+    def _worker(self, worker_id: int, role: str, port: int, incarnation: int) -> WorkerProcess:
+        ares_args = self._ares_args
+        worker_args = worker_server_args(self._server_args, role, worker_id, port)
+        spec = WorkerSpec(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=role,
+            server_args=worker_args,
+            control_endpoint=worker_endpoint(self._runtime_dir, worker_id, incarnation),
+            controller_endpoint=controller_endpoint(self._runtime_dir),
+            bootstrap_host=_LOOPBACK,
+            bootstrap_port=port,
+            report_interval_s=ares_args.report_interval,
+            heartbeat_interval_s=min(1.0, ares_args.worker_timeout / 5),
+            limits=MigrationLimits(
+                timeout_s=ares_args.migration_timeout,
+                max_inbound=ares_args.max_migrations_per_worker,
+            ),
+            seeded_sampling=worker_args.sampling_backend == "pytorch",
+            cluster_size=ares_args.total_workers,
+            loads_instance_id=self._port_args.instance_id,
+        )
+        return WorkerProcess(spec, _worker_port_args(worker_args, self._port_args))
+
+    # --- start ------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start every process and wait until all have loaded the model."""
-        context = _process_context(self.workers[0].spec.server_args)
-        readers: list[tuple[WorkerProcess, BaseProcess, Connection]] = []
         for worker in self.workers:
-            args = worker.spec.server_args
-            for rank in range(args.tp_size):
-                reader, writer = context.Pipe(duplex=False)
-                gpu_id = args.base_gpu_id + rank * args.gpu_id_step
-                process = context.Process(  # type: ignore[attr-defined]
-                    target=run_worker_process,
-                    args=(worker.spec, worker.port_args, gpu_id, rank, writer),
-                    name=f"ares-{worker.spec.role}-{worker.spec.worker_id}-tp{rank}",
-                )
-                process.start()
-                writer.close()
-                worker.processes.append(process)
-                readers.append((worker, process, reader))
-        deadline = time.monotonic() + self._ares_args.worker_start_timeout
-        for worker, process, reader in readers:
-            info = self._await_ready(worker, process, reader, deadline)
+            self._spawn(worker)
+        waiting = list(self.workers)
+        while waiting:
+            waiting = [w for w in waiting if not self.poll_ready(w)]
+            readers = [reader for w in waiting for reader in w.readers]
+            if readers:
+                wait(readers, timeout=1.0)
+
+    def _spawn(self, worker: WorkerProcess) -> None:
+        args = worker.spec.server_args
+        context = _process_context(args)
+        worker.deadline = time.monotonic() + self._ares_args.worker_start_timeout
+        for rank in range(args.tp_size):
+            reader, writer = context.Pipe(duplex=False)
+            gpu_id = args.base_gpu_id + rank * args.gpu_id_step
+            process = context.Process(  # type: ignore[attr-defined]
+                target=run_worker_process,
+                args=(worker.spec, worker.port_args, gpu_id, rank, writer),
+                name=f"ares-{worker.spec.role}-{worker.spec.worker_id}-tp{rank}",
+            )
+            process.start()
+            writer.close()
+            worker.processes.append(process)
+            worker.readers.append(reader)
+
+    def poll_ready(self, worker: WorkerProcess) -> bool:
+        """Whether a worker that was started has loaded its model; never waits.
+
+        Raises :class:`WorkerStartError` if it has died or takes too long.
+        """
+        for reader in [r for r in worker.readers if r.poll()]:
+            try:
+                info = reader.recv()
+            except EOFError:
+                raise _died_while_starting(worker) from None
             worker.info = worker.info or info
-
-    def _await_ready(
-        self,
-        worker: WorkerProcess,
-        process: BaseProcess,
-        reader: Connection,
-        deadline: float,
-    ) -> dict[str, Any]:
-        name = f"{worker.spec.role} worker {worker.spec.worker_id}"
-        while not reader.poll(1.0):
-            for other in self.workers:
-                dead = [p for p in other.processes if not p.is_alive()]
-                if dead:
-                    raise WorkerStartError(
-                        f"{other.spec.role} worker {other.spec.worker_id} died while starting "
-                        f"(exit code {dead[0].exitcode}); its own error is above. Exit code -9 "
-                        "usually means that memory ran out: start fewer workers."
-                    )
-            if time.monotonic() > deadline:
-                raise WorkerStartError(
-                    f"{name} did not load its model within "
-                    f"{self._ares_args.worker_start_timeout:.0f} s; raise "
-                    "--ares-worker-start-timeout."
-                )
-        try:
-            info: dict[str, Any] = reader.recv()
-        except EOFError:
-            process.join(10)
+            worker.readers.remove(reader)
+            reader.close()
+        if not worker.alive:
+            raise _died_while_starting(worker)
+        if worker.readers and time.monotonic() > worker.deadline:
             raise WorkerStartError(
-                f"{name} died while starting (exit code {process.exitcode}); "
-                "its own error is above."
-            ) from None
-        return info
+                f"{worker.name} did not load its model within "
+                f"{self._ares_args.worker_start_timeout:.0f} s; raise "
+                "--ares-worker-start-timeout."
+            )
+        return not worker.readers
 
-    def dead_worker(self) -> WorkerProcess | None:
-        """A worker that lost a process, if there is one."""
-        for worker in self.workers:
-            if not all(p.is_alive() for p in worker.processes):
-                return worker
-        return None
+    # --- end and restart --------------------------------------------------------------------
+
+    def kill(self, worker_id: int) -> None:
+        """End a worker's processes at once, stopped ones too."""
+        for process in self.workers[worker_id].processes:
+            process.kill()
+
+    def restart(self, worker_id: int) -> WorkerProcess:
+        """Start a worker anew, with addresses of its own; see :meth:`poll_ready`."""
+        old = self.workers[worker_id].spec
+        worker = self._worker(worker_id, old.role, _free_ports(1)[0], old.incarnation + 1)
+        self.workers[worker_id] = worker
+        self._spawn(worker)
+        return worker
 
     @property
     def sentinels(self) -> list[int]:
         """File descriptors that become readable when a process ends."""
-        return [p.sentinel for w in self.workers for p in w.processes]
+        return [p.sentinel for w in self.workers for p in w.processes if p.is_alive()]
+
+
+def _died_while_starting(worker: WorkerProcess) -> WorkerStartError:
+    for process in worker.processes:
+        process.join(1)
+    codes = [p.exitcode for p in worker.processes if p.exitcode is not None]
+    return WorkerStartError(
+        f"{worker.name} died while starting (exit code {codes[0] if codes else 'unknown'}); its "
+        "own error is above. Exit code -9 usually means that memory ran out: start fewer workers."
+    )
 
 
 def worker_server_args(

@@ -10,8 +10,16 @@ from typing import Any
 import msgspec
 
 from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
-from sglang_ares.srt.managers.io_struct import MigrationResult, WorkerReport
+from sglang_ares.srt.managers.attempts import internal_rid, split_rid
+from sglang_ares.srt.managers.io_struct import Adopted, MigrationResult, WorkerReport
 from sglang_ares.srt.policy.types import DECODE, WorkerLoad
+
+# What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
+# starting again; given up.
+READY = "ready"
+DYING = "dying"
+RESTARTING = "restarting"
+FAILED_FOR_GOOD = "failed"
 
 
 @dataclass
@@ -22,7 +30,10 @@ class WorkerView:
     role: str
     pids: list[int]
     kv_capacity: int
-    state: str = "ready"
+    incarnation: int = 0
+    state: str = READY
+    # Why it is not ready.
+    reason: str = ""
     report: WorkerReport | None = None
     reported_at: float = 0.0
     # Prompt tokens of requests dispatched here that no report has shown yet.
@@ -56,16 +67,28 @@ class WorkerView:
 
 @dataclass
 class Ownership:
-    """Where a live request is: its prefill worker (for aborts) and its decode worker."""
+    """A live request: what the front sent (a ``TokenizedGenerateReqInput``), where it is, and
+    which attempt at it runs. ``recovering``: it is nowhere until the token ledger has answered.
+    ``aborted``: the client has left, so that it need not be recovered."""
 
+    rid: str
+    request: Any
     prefill: int
     decode: int
     dispatched_at: float
+    attempt: int = 0
+    recovering: bool = False
+    aborted: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the workers call it."""
+        return internal_rid(self.rid, self.attempt)
 
 
 @dataclass
 class MovingRequest:
-    """A migration that was commanded and has not been reported back."""
+    """A migration that was commanded and has not been reported back. ``rid``: the attempt."""
 
     rid: str
     source: int
@@ -90,7 +113,7 @@ class ClusterState:
 
     def with_role(self, role: str) -> list[WorkerView]:
         """The serving workers of a role."""
-        return [w for w in self.workers.values() if w.role == role and w.state == "ready"]
+        return [w for w in self.workers.values() if w.role == role and w.state == READY]
 
     def loads(self, role: str) -> list[WorkerLoad]:
         """The loads of a role's workers, for a policy. What is on the move counts where it goes,
@@ -109,30 +132,62 @@ class ClusterState:
                 loads[move.target] = msgspec.structs.replace(target, queued_tokens=coming)
         return list(loads.values())
 
-    def note_dispatch(self, rid: str, prefill: int, decode: int, prompt_tokens: int) -> None:
-        """A request was sent to its two workers."""
-        self.owners[rid] = Ownership(prefill, decode, time.monotonic())
-        for worker_id in (prefill, decode):
-            self.workers[worker_id].dispatched[rid] = prompt_tokens
+    def note_dispatch(self, owner: Ownership, prompt_tokens: int) -> None:
+        """An attempt at a request was sent to its two workers."""
+        self.owners[owner.rid] = owner
+        for worker_id in (owner.prefill, owner.decode):
+            self.workers[worker_id].dispatched[owner.name] = prompt_tokens
+
+    def owner_of(self, name: str) -> Ownership | None:
+        """The live request of which ``name`` is the current attempt."""
+        rid, attempt = split_rid(name)
+        owner = self.owners.get(rid)
+        return owner if owner is not None and owner.attempt == attempt else None
+
+    def forget(self, rid: str) -> None:
+        """A request has ended."""
+        owner = self.owners.pop(rid, None)
+        if owner is not None:
+            for view in self.workers.values():
+                view.dispatched.pop(owner.name, None)
+
+    def note_lost(self, worker_id: int) -> None:
+        """A worker died: its load and the moves it commanded are void. Moves towards it are
+        reported back by their sources."""
+        view = self.workers[worker_id]
+        view.report = None
+        view.dispatched.clear()
+        for migration_id, move in list(self.moving.items()):
+            if move.source == worker_id:
+                del self.moving[migration_id]
+                self.migrations_failed["source died"] += 1
+
+    def note_adopted(self, message: Adopted) -> None:
+        """The target of a migration says that it owns the request."""
+        owner = self.owner_of(message.rid)
+        if owner is not None and not owner.recovering:
+            owner.decode = message.worker_id
 
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""
         view = self.workers.get(report.worker_id)
-        if view is None:
+        if view is None or view.state in (DYING, RESTARTING, FAILED_FOR_GOOD):
+            return
+        if report.incarnation != view.incarnation:
             return
         view.report = report
         view.reported_at = time.monotonic()
         for request in report.load.requests:
             view.dispatched.pop(request.rid, None)
-        for rid in report.finished:
-            view.dispatched.pop(rid, None)
-            owner = self.owners.get(rid)
-            if owner is None or view.role != DECODE:
+        for name in report.finished:
+            view.dispatched.pop(name, None)
+            owner = self.owner_of(name)
+            if owner is None or owner.recovering or view.role != DECODE:
                 continue
             if owner.decode == view.worker_id:
-                del self.owners[rid]
-            elif any(m.rid == rid and m.target == view.worker_id for m in self.moving.values()):
-                self._left_target.add(rid)
+                self.forget(owner.rid)
+            elif any(m.rid == name and m.target == view.worker_id for m in self.moving.values()):
+                self._left_target.add(name)
 
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
@@ -146,12 +201,12 @@ class ClusterState:
         left_target = result.rid in self._left_target
         self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
-            if left_target:
-                self.owners.pop(result.rid, None)
+            owner = self.owner_of(result.rid)
+            if owner is not None and left_target:
+                self.forget(owner.rid)
             self.migrations_completed += 1
             self.workers[result.source].dispatched.pop(result.rid, None)
-            owner = self.owners.get(result.rid)
-            if owner is not None:
+            if owner is not None and not owner.recovering:
                 owner.decode = result.target
         elif result.outcome == REFUSED:
             self.migrations_refused[_key(result.reason)] += 1
@@ -187,6 +242,7 @@ class ClusterState:
             "id": view.worker_id,
             "role": view.role,
             "state": view.state,
+            "restarts": view.incarnation,
             "pids": view.pids,
             "running": load.running,
             "queued": load.queued,
@@ -194,6 +250,8 @@ class ClusterState:
             "kv_tokens": load.kv_tokens,
             "kv_capacity": load.kv_capacity,
         }
+        if view.reason:
+            status["reason"] = view.reason
         if report is not None:
             status.update(
                 report_age_s=time.monotonic() - view.reported_at,
@@ -208,22 +266,17 @@ class ClusterState:
     def requests(self) -> list[dict[str, Any]]:
         """The body of ``GET /ares/requests``: live requests, where and how large they are."""
         now = time.monotonic()
-        known: dict[str, tuple[int, int]] = {}
-        for view in self.with_role(DECODE):
-            for request in view.load().requests:
-                known[request.rid] = (view.worker_id, request.tokens)
-        listing = []
-        for rid, owner in self.owners.items():
-            _, tokens = known.get(rid, (owner.decode, 0))
-            listing.append(
-                {
-                    "rid": rid,
-                    "worker": owner.decode,
-                    "tokens": tokens,
-                    "age_s": now - owner.dispatched_at,
-                }
-            )
-        return listing
+        tokens = {r.rid: r.tokens for w in self.with_role(DECODE) for r in w.load().requests}
+        return [
+            {
+                "rid": owner.rid,
+                "worker": owner.decode,
+                "tokens": tokens.get(owner.name, 0),
+                "age_s": now - owner.dispatched_at,
+                "attempt": owner.attempt,
+            }
+            for owner in self.owners.values()
+        ]
 
 
 def _key(reason: str) -> str:

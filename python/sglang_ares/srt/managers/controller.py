@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,24 +22,49 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_ares.srt.managers.cluster import WorkerCluster
-from sglang_ares.srt.managers.cluster_state import ClusterState, MovingRequest, WorkerView
+from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_of, unpack_ids
+from sglang_ares.srt.managers.attempts import public_rid
+from sglang_ares.srt.managers.cluster import WorkerCluster, WorkerProcess
+from sglang_ares.srt.managers.cluster_state import (
+    FAILED_FOR_GOOD,
+    READY,
+    ClusterState,
+    MovingRequest,
+    Ownership,
+    WorkerView,
+)
 from sglang_ares.srt.managers.io_struct import (
+    Adopted,
     ConnectPeers,
     ControllerInbound,
     Decoder,
+    EmittedTokens,
+    Fenced,
+    FenceRequests,
     FrontInbound,
+    Heartbeat,
     Landed,
+    Message,
     MigrateQuery,
     MigrationResult,
+    PeerDiedAck,
     QueryReply,
+    RequestFailed,
     RequestsQuery,
+    Resume,
     StartMigration,
     StatusQuery,
     WorkerReport,
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.recovery import Recovery
+from sglang_ares.srt.managers.runtime_dir import (
+    controller_endpoint,
+    front_endpoint,
+    ledger_endpoint,
+)
+from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
@@ -53,12 +79,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Longest sleep of the event loop; bounds how late a rescheduling round can be.
+# Longest sleep of the event loop; bounds how late a rescheduling round can be, or a death noticed.
 _POLL_MS = 200
 
-
-class WorkerDiedError(RuntimeError):
-    """A worker process ended while the cluster was serving."""
+_LEDGER = "ledger"
 
 
 class AresController(DataParallelController):
@@ -74,19 +98,16 @@ class AresController(DataParallelController):
 
     def launch_dp_schedulers(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         """Start the workers, connect to them and introduce them to each other."""
-        from sglang_ares.engine import front_endpoint
-
-        self._mailbox = Mailbox(self.context, f"ipc://{self.runtime_dir}/controller")
+        self._mailbox = Mailbox(self.context, controller_endpoint(self.runtime_dir))
+        self._mailbox.connect(_LEDGER, ledger_endpoint(self.runtime_dir))
+        self._to_tokenizer = get_zmq_socket(
+            self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False
+        )
         self._front = self.context.socket(zmq.ROUTER)
         self._front.setsockopt(zmq.LINGER, 0)
         self._front.bind(front_endpoint(self.runtime_dir))
-        self.cluster = WorkerCluster(
-            server_args, port_args, self.ares_args, self.runtime_dir, self._mailbox.endpoint
-        )
-        self.workers = [
-            get_zmq_socket(self.context, zmq.PUSH, w.port_args.scheduler_input_ipc_name, True)
-            for w in self.cluster.workers
-        ]
+        self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.runtime_dir)
+        self.workers = [self._input_socket(w) for w in self.cluster.workers]
         count = len(self.workers)
         self.status = [True] * count
         self.dp_active = [True] * count
@@ -98,15 +119,23 @@ class AresController(DataParallelController):
         )
         self.max_req_input_len = min(w.info["max_req_input_len"] for w in self.cluster.workers)
         self.startup_time = None
-        self._introduce_workers()
         self._init_state()
+        self._introduce_workers()
+
+    def _input_socket(self, worker: WorkerProcess) -> zmq.Socket[bytes]:
+        endpoint = worker.port_args.scheduler_input_ipc_name
+        socket: zmq.Socket[bytes] = get_zmq_socket(self.context, zmq.PUSH, endpoint, True)
+        return socket
 
     def _introduce_workers(self) -> None:
-        peers = [w.peer for w in self.cluster.workers]
-        for worker in self.cluster.workers:
-            name = str(worker.spec.worker_id)
-            self._mailbox.connect(name, worker.spec.control_endpoint)
-            self._mailbox.send(name, encode(ConnectPeers(peers=peers)))
+        """Tell every ready worker of all ready workers."""
+        ready = [
+            w for w in self.cluster.workers if self.state.workers[w.spec.worker_id].state == READY
+        ]
+        peers = [w.peer for w in ready]
+        for worker in ready:
+            self._mailbox.connect(str(worker.spec.worker_id), worker.spec.control_endpoint)
+            self.tell(worker.spec.worker_id, ConnectPeers(peers=peers))
 
     def _init_state(self) -> None:
         self.state = ClusterState(
@@ -130,6 +159,16 @@ class AresController(DataParallelController):
             min_gap_tokens=self.ares_args.min_gap_tokens,
             cooldown_s=self.ares_args.move_cooldown,
         )
+        now = time.monotonic()
+        self.recovery = Recovery(self, self.state, self.ares_args.max_attempts)
+        self.supervisor = Supervisor(
+            self,
+            self.cluster,
+            self.state,
+            self.ares_args.worker_timeout,
+            self.ares_args.max_restarts,
+            now,
+        )
         self._next_round = time.monotonic() + self.ares_args.reschedule_interval
         self._sequence = 0
         self._next_migration_id = 1
@@ -149,41 +188,155 @@ class AresController(DataParallelController):
 
     def dispatch(self, req: TokenizedGenerateReqInput) -> None:
         """Choose a prefill and a decode worker, and send the request to both."""
-        new = NewRequest(prompt_tokens=len(req.input_ids or ()), sequence=self._sequence)
-        self._sequence += 1
-        prefill = self._place(new, self.state.loads(PREFILL))
-        decode = self._place(new, self.state.loads(DECODE))
         req.sampling_params.sampling_seed = self._seeds.seed_for(req)
         if is_health_check_generate_req(req):
-            self._probe(req, prefill, decode)
+            self._probe(req)
             return
-        source = self.cluster.workers[prefill].spec
-        req.bootstrap_host = source.bootstrap_host
-        req.bootstrap_port = source.bootstrap_port
-        req.bootstrap_room = random.SystemRandom().getrandbits(62)
-        sock_send(self.workers[prefill], req)
-        sock_send(self.workers[decode], req)
-        self.state.note_dispatch(req.rid, prefill, decode, new.prompt_tokens)
-        self.metrics.dispatched(prefill, PREFILL)
-        self.metrics.dispatched(decode, DECODE)
+        owner = Ownership(req.rid, req, -1, -1, dispatched_at=time.monotonic())
+        if not self._send_attempt(owner, None):
+            self.end(owner, 503, self.missing_role() or "all workers of a role are starting anew")
 
-    def _probe(self, req: TokenizedGenerateReqInput, prefill: int, decode: int) -> None:
-        """A health check: each of the two workers answers by itself, without a KV transfer, or
+    def _choose(self, prompt_tokens: int) -> tuple[int, int] | None:
+        """A prefill and a decode worker for a request, if there are such workers."""
+        prefill, decode = self.state.loads(PREFILL), self.state.loads(DECODE)
+        if not prefill or not decode:
+            return None
+        new = NewRequest(prompt_tokens=prompt_tokens, sequence=self._sequence)
+        self._sequence += 1
+        return self._place(new, prefill), self._place(new, decode)
+
+    def _send_attempt(self, owner: Ownership, emitted: EmittedTokens | None) -> bool:
+        """Send the current attempt at a request to two workers; false if there are none.
+
+        If tokens were emitted, the prefill worker computes the KV of all but the last of them,
+        and the decode worker goes on behind that.
+        """
+        req = owner.request
+        output = unpack_ids(emitted.output_ids if emitted is not None else b"")
+        prompt_tokens = len(req.input_ids or ()) + len(output)
+        chosen = self._choose(prompt_tokens)
+        if chosen is None:
+            return False
+        owner.prefill, owner.decode = chosen
+        source = self.cluster.workers[owner.prefill].spec
+        attempt = msgspec.structs.replace(
+            req,
+            rid=owner.name,
+            bootstrap_host=source.bootstrap_host,
+            bootstrap_port=source.bootstrap_port,
+            bootstrap_room=random.SystemRandom().getrandbits(62),
+        )
+        if emitted is not None and output:
+            sock_send(self.workers[owner.prefill], recompute_input(attempt, output))
+            self.tell(owner.decode, resume_message(attempt, emitted))
+        else:
+            sock_send(self.workers[owner.prefill], attempt)
+            sock_send(self.workers[owner.decode], attempt)
+        self.state.note_dispatch(owner, prompt_tokens)
+        self.metrics.dispatched(owner.prefill, PREFILL)
+        self.metrics.dispatched(owner.decode, DECODE)
+        return True
+
+    def _probe(self, req: TokenizedGenerateReqInput) -> None:
+        """A health check: each of two workers answers by itself, without a KV transfer, or
         leaves it to its running requests when it is busy. Nobody owns it."""
+        chosen = self._choose(len(req.input_ids or ()))
+        if chosen is None:
+            return
+        prefill, decode = chosen
         req.bootstrap_host = FAKE_BOOTSTRAP_HOST
         req.bootstrap_room = 0
         sock_send(self.workers[prefill], req)
         sock_send(self.workers[decode], req)
 
     def route_abort(self, abort: AbortReq) -> None:
-        """To the request's two workers; to all when it is on the move, unknown, or a prefix."""
-        owner = self.state.owners.get(abort.rid or "")
-        moving = any(m.rid == abort.rid for m in self.state.moving.values())
-        if abort.abort_all or owner is None or moving:
+        """To the workers that may hold the request; upstream's aborts match by prefix."""
+        rid = abort.rid or ""
+        matching = [
+            o for o in self.state.owners.values() if abort.abort_all or o.rid.startswith(rid)
+        ]
+        if abort.abort_all or not matching:
             self.send_control_message(abort)
+        for owner in matching:
+            self._abort(owner, abort)
+
+    def _abort(self, owner: Ownership, abort: AbortReq) -> None:
+        owner.aborted = True
+        if owner.recovering:
+            self.recovery.on_abort(owner)
+            return
+        if abort.abort_all:
+            return
+        named = msgspec.structs.replace(abort, rid=owner.name)
+        if any(m.rid == owner.name for m in self.state.moving.values()):
+            self.send_control_message(named)
             return
         for worker_id in {owner.prefill, owner.decode}:
-            sock_send(self.workers[worker_id], abort)
+            if self.state.workers[worker_id].state == READY:
+                sock_send(self.workers[worker_id], named)
+
+    # --- workers that come and go -----------------------------------------------------------
+
+    def tell(self, worker_id: int, message: Message) -> None:
+        """Send to a worker."""
+        self._mailbox.send(str(worker_id), encode(message))
+
+    def leave_out(self, worker_id: int) -> None:
+        """A worker is lost: it gets nothing any more."""
+        self.status[worker_id] = False
+        self._active_workers = [w for w in self._active_workers if w != worker_id]
+        self._mailbox.disconnect(str(worker_id))
+        self.workers[worker_id].close(linger=0)
+        self.metrics.worker_lost(worker_id, self.state.workers[worker_id].role)
+
+    def on_worker_dead(self, worker_id: int) -> None:
+        """A worker's processes are gone."""
+        for migration_id, move in list(self.state.moving.items()):
+            if move.source == worker_id:
+                self._answer_unfinished(migration_id, move)
+        self.recovery.worker_died(worker_id)
+        self.recovery.dispatch_parked()
+
+    def settled(self, worker_id: int) -> bool:
+        """Whether all others have let go of a dead worker."""
+        return self.recovery.settled(worker_id)
+
+    def take_in(self, worker: WorkerProcess) -> None:
+        """A worker that was restarted is ready."""
+        worker_id = worker.spec.worker_id
+        self.status[worker_id] = True
+        self._active_workers = sorted({*self._active_workers, worker_id})
+        self._introduce_workers()
+        self.recovery.dispatch_parked()
+
+    def fence(self, request: FenceRequests) -> None:
+        """Ask the token ledger."""
+        self._mailbox.send(_LEDGER, encode(request))
+
+    def redispatch(self, owner: Ownership, emitted: EmittedTokens) -> bool:
+        """Send the next attempt at a request, if there are workers for it."""
+        sent = self._send_attempt(owner, emitted)
+        if sent:
+            self.metrics.recovered()
+        return sent
+
+    def missing_role(self) -> str | None:
+        """Why no request can be served, not even once restarts are done."""
+        for role in (PREFILL, DECODE):
+            workers = [w for w in self.state.workers.values() if w.role == role]
+            if all(w.state == FAILED_FOR_GOOD for w in workers):
+                return f"no {role} worker is left: " + "; ".join(
+                    f"worker {w.worker_id} {w.reason}" for w in workers
+                )
+        return None
+
+    def end(self, owner: Ownership, status: int | None, reason: str) -> None:
+        """Answer the client: with an error, or (``status`` None) that its request was aborted."""
+        finish = None
+        if status is not None:
+            logger.error("rid=%s is answered with %d: %s", owner.rid, status, reason)
+            finish = {"type": "abort", "message": reason, "status_code": status}
+        sock_send(self._to_tokenizer, AbortReq(rid=owner.rid, finished_reason=finish))
 
     # --- migrations -------------------------------------------------------------------------
 
@@ -213,7 +366,19 @@ class AresController(DataParallelController):
 
     def _on_worker_message(self, frame: bytes) -> None:
         message = self._decode(self._from_workers, frame)
-        if isinstance(message, WorkerReport):
+        if isinstance(message, Heartbeat):
+            self.supervisor.on_heartbeat(
+                message.worker_id, message.incarnation, message.rank, time.monotonic()
+            )
+        elif isinstance(message, RequestFailed):
+            self.recovery.on_request_failed(message.rid, message.reason)
+        elif isinstance(message, PeerDiedAck):
+            self.recovery.on_acknowledged(message.event_id, message.worker_id)
+        elif isinstance(message, Fenced):
+            self.recovery.on_fenced(message)
+        elif isinstance(message, Adopted):
+            self.state.note_adopted(message)
+        elif isinstance(message, WorkerReport):
             self.state.note_report(message)
             self.metrics.reported(message)
         elif isinstance(message, MigrationResult):
@@ -230,7 +395,7 @@ class AresController(DataParallelController):
         body = {
             "outcome": result.outcome,
             "reason": result.reason,
-            "rid": result.rid,
+            "rid": public_rid(result.rid),
             "source": result.source,
             "target": result.target,
             "tokens": result.tokens,
@@ -238,6 +403,21 @@ class AresController(DataParallelController):
             "duration_ms": 1e3 * result.duration_s,
         }
         self._reply(*waiting, 200 if result.outcome == "completed" else 409, body)
+
+    def _answer_unfinished(self, migration_id: int, move: MovingRequest) -> None:
+        self._answer_waiting(
+            MigrationResult(
+                migration_id=migration_id,
+                rid=move.rid,
+                source=move.source,
+                target=move.target,
+                outcome="failed",
+                reason="source died",
+                tokens=0,
+                kv_bytes=0,
+                duration_s=0.0,
+            )
+        )
 
     # --- the front --------------------------------------------------------------------------
 
@@ -262,18 +442,22 @@ class AresController(DataParallelController):
             refusal = (404, f"no live request has the rid {query.rid!r}")
         elif target is None:
             refusal = (404, f"there is no worker {query.target}")
+        elif target.state != READY:
+            refusal = (409, f"worker {query.target} is {target.state}: {target.reason}")
+        elif owner.recovering:
+            refusal = (409, "the request is being recovered from a dead worker")
         elif target.role != DECODE:
             refusal = (409, f"worker {query.target} is a {target.role} worker")
         elif owner.decode == query.target:
             refusal = (409, f"the request is on worker {query.target} already")
-        elif any(m.rid == query.rid for m in self.state.moving.values()):
+        elif any(m.rid == owner.name for m in self.state.moving.values()):
             refusal = (409, "the request is being moved already")
         if refusal is not None:
             status, reason = refusal
             self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
         assert owner is not None
-        migration_id = self.start_migration(query.rid, owner.decode, query.target)
+        migration_id = self.start_migration(owner.name, owner.decode, query.target)
         self._waiting[migration_id] = (identity, query.query_id)
 
     def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:
@@ -292,13 +476,12 @@ class AresController(DataParallelController):
     # --- the event loop ---------------------------------------------------------------------
 
     def event_loop(self) -> None:
-        """Serve until a worker dies or the front goes away."""
-        poller = zmq.Poller()
-        for socket in (self.recv_from_tokenizer, self._mailbox.socket, self._front):
-            poller.register(socket, zmq.POLLIN)
-        for sentinel in self.cluster.sentinels:
-            poller.register(sentinel, zmq.POLLIN)
+        """Serve until the front goes away."""
+        watched: set[int] = set()
         while True:
+            # A process that ends wakes the loop up; restarted ones have other descriptors.
+            if watched != (sentinels := set(self.cluster.sentinels)):
+                watched, poller = sentinels, self._poller(sentinels)
             self.soft_watchdog.feed()
             until_round_ms = 1e3 * (self._next_round - time.monotonic())
             poller.poll(max(0, min(_POLL_MS, until_round_ms)))
@@ -306,8 +489,14 @@ class AresController(DataParallelController):
             for frame in self._mailbox.drain():
                 self._on_worker_message(frame)
             self._serve_front()
+            self.supervisor.tick(time.monotonic())
             self._reschedule_when_due()
-            self._check_workers()
+
+    def _poller(self, sentinels: set[int]) -> zmq.Poller:
+        poller = zmq.Poller()
+        for watched in (self.recv_from_tokenizer, self._mailbox.socket, self._front, *sentinels):
+            poller.register(watched, zmq.POLLIN)
+        return poller
 
     def _serve_tokenizer(self) -> None:
         while True:
@@ -337,14 +526,18 @@ class AresController(DataParallelController):
             self._next_round = now + self.ares_args.reschedule_interval
             self.run_rescheduling_round()
 
-    def _check_workers(self) -> None:
-        dead = self.cluster.dead_worker()
-        if dead is not None:
-            codes = [p.exitcode for p in dead.processes if not p.is_alive()]
-            raise WorkerDiedError(
-                f"{dead.spec.role} worker {dead.spec.worker_id} died (exit code {codes[0]}); "
-                "the server stops."
-            )
+
+def resume_message(attempt: TokenizedGenerateReqInput, emitted: EmittedTokens) -> Resume:
+    """What the decode worker of a request with output is sent."""
+    return Resume(
+        spec=spec_of(attempt),
+        output_ids=emitted.output_ids,
+        cached_tokens=emitted.cached_tokens,
+        reasoning_tokens=emitted.reasoning_tokens,
+        bootstrap_host=attempt.bootstrap_host,
+        bootstrap_port=attempt.bootstrap_port,
+        room=attempt.bootstrap_room,
+    )
 
 
 def run_controller_process(
@@ -358,6 +551,8 @@ def run_controller_process(
     from sglang_ares.plugin import hook_controller
 
     leave_ctrl_c_to_the_front()
+    # Upstream's workers send their parent SIGQUIT when they fail; the cluster outlives them.
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     AresController.ares_args = ares_args
     AresController.runtime_dir = runtime_dir
     hook_controller(AresController)

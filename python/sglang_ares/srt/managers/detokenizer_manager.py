@@ -9,19 +9,29 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 from collections import OrderedDict
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
+import zmq
 from sglang.srt.managers.detokenizer_manager import DETOKENIZER_MAX_STATES, DetokenizerManager
 from sglang.srt.managers.io_struct import (
     BatchStrOutput,
     BatchTokenIDOutput,
-    PickleWrapper,
+    sock_recv,
     sock_send,
-    unwrap_from_pickle,
-    wrap_as_pickle,
 )
+
+from sglang_ares.srt.managers.batch_items import first_token, select
+from sglang_ares.srt.managers.io_struct import Decoder, LedgerInbound, encode
+from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.runtime_dir import controller_endpoint, ledger_endpoint
+from sglang_ares.srt.managers.token_ledger import TokenLedger
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "controller"
 
 
 class InOrder:
@@ -40,12 +50,16 @@ class InOrder:
         """Messages that wait for an earlier one."""
         return sum(len(waiting) for waiting in self._early.values())
 
+    def forget_early(self, rid: str) -> None:
+        """Drop what waits for an earlier message of this request."""
+        self._early.pop(rid, None)
+
     def admit(self, batch: BatchTokenIDOutput) -> list[BatchTokenIDOutput]:
         """What may be passed on now, in order: usually ``batch`` itself."""
         early = [i for i in range(len(batch.rids or ())) if not self._is_next(batch, i)]
         if early:
             for i in early:
-                entry = (_first_token(batch, i), next(self._count), select(batch, [i]))
+                entry = (first_token(batch, i), next(self._count), select(batch, [i]))
                 heapq.heappush(self._early.setdefault(batch.rids[i], []), entry)
             # What a request waits for may never come: its worker died, or the client left.
             while len(self._early) > self._capacity:
@@ -62,7 +76,7 @@ class InOrder:
     def _is_next(self, batch: BatchTokenIDOutput, i: int) -> bool:
         if batch.beam_search_output is not None and batch.beam_search_output[i] is not None:
             return True
-        return _first_token(batch, i) <= self._passed.get(batch.rids[i], 0)
+        return first_token(batch, i) <= self._passed.get(batch.rids[i], 0)
 
     def _pass(self, batch: BatchTokenIDOutput, i: int) -> None:
         rid = batch.rids[i]
@@ -86,43 +100,56 @@ class InOrder:
         return released
 
 
-def _first_token(batch: BatchTokenIDOutput, i: int) -> int:
-    """Index of the first output token that item ``i`` carries."""
-    carried = len(batch.output_ids[i]) if batch.output_ids is not None else 0
-    return int(batch.completion_tokens[i]) - carried
-
-
-def select(batch: BatchTokenIDOutput, items: list[int]) -> BatchTokenIDOutput:
-    """A batch with only these items: every field that has one value per item is cut down."""
-    count = len(batch.rids)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, PickleWrapper):
-            return wrap_as_pickle(cut(unwrap_from_pickle(value)))
-        if isinstance(value, dict):
-            return {name: cut(column) for name, column in value.items()}
-        if isinstance(value, list) and len(value) == count:
-            return [value[i] for i in items]
-        return value
-
-    fields = msgspec.structs.asdict(batch)
-    return type(batch)(**{name: cut(value) for name, value in fields.items()})
-
-
 class AresDetokenizerManager(DetokenizerManager):
-    """Upstream's detokenizer behind :class:`InOrder`."""
+    """Upstream's detokenizer behind the :class:`TokenLedger` and :class:`InOrder`."""
+
+    runtime_dir: ClassVar[str]
 
     def init_running_status(self, server_args: Any) -> None:
-        """Upstream's state, and the order of the streams."""
+        """Upstream's state, the order of the streams, and the ledger with its mailbox."""
         super().init_running_status(server_args)
         self._in_order = InOrder()
+        self._ledger = TokenLedger()
+        self._from_controller = Decoder(LedgerInbound)
+        self._mailbox = Mailbox(zmq.Context(1), ledger_endpoint(self.runtime_dir))
+        self._mailbox.connect(CONTROLLER, controller_endpoint(self.runtime_dir))
+
+    def event_loop(self) -> None:
+        """Upstream's loop, interrupted for the controller's fences."""
+        poller = zmq.Poller()
+        poller.register(self.recv_from_scheduler, zmq.POLLIN)
+        poller.register(self._mailbox.socket, zmq.POLLIN)
+        while True:
+            with self.soft_watchdog.disable():
+                ready = dict(poller.poll())
+            if self._mailbox.socket in ready:
+                self._answer_controller()
+            if self.recv_from_scheduler in ready:
+                output = self._request_dispatcher(sock_recv(self.recv_from_scheduler))
+                if output is not None:
+                    sock_send(self.send_to_tokenizer, output)
+            self.soft_watchdog.feed()
+
+    def _answer_controller(self) -> None:
+        for frame in self._mailbox.drain():
+            try:
+                request = self._from_controller.decode(frame)
+            except msgspec.MsgspecError as error:
+                logger.warning("dropped a malformed message: %s", error)
+                continue
+            for rid in request.attempts:
+                self._in_order.forget_early(rid)
+            self._mailbox.send(CONTROLLER, encode(self._ledger.fence(request)))
 
     def handle_batch_token_id_out(self, recv_obj: BatchTokenIDOutput) -> BatchStrOutput | None:
         """Detokenize what is in order; what came early follows the message it waited for."""
-        outputs = [
-            super(AresDetokenizerManager, self).handle_batch_token_id_out(batch)
-            for batch in self._in_order.admit(recv_obj)
-        ]
+        batch = self._ledger.admit(recv_obj)
+        if not batch.rids and recv_obj.rids:
+            return None
+        outputs = []
+        for ordered in self._in_order.admit(batch):
+            self._ledger.record(ordered)
+            outputs.append(super().handle_batch_token_id_out(ordered))
         for output in outputs[:-1]:
             sock_send(self.send_to_tokenizer, output)
         return outputs[-1] if outputs else None

@@ -1,9 +1,11 @@
 """Every message of ARES, as tagged msgspec structs; nothing here is ever pickled.
 
-Directions: controller → worker (``ConnectPeers``, ``StartMigration``), worker → controller
-(``WorkerReport``, ``MigrationResult``, ``Landed``), worker → worker (``Offer`` … ``ForwardAbort``,
-in the order of the protocol), front ↔ controller (``…Query``/``…Reply``). On the wire a message
-is one msgpack array whose first element is its class name; :func:`decode` checks every type.
+Directions: controller → worker (``ConnectPeers`` … ``Resume``), worker → controller
+(``Heartbeat`` … ``PeerDiedAck``), worker → worker (``Offer`` … ``ForwardAbort``, in the order of
+the protocol), controller ↔ token ledger (``FenceRequests``, ``Fenced``), front ↔ controller
+(``…Query``/``…Reply``). On the wire a message is one msgpack array whose first element is its
+class name; :func:`decode` checks every type. A ``rid`` names one attempt at a request
+(``managers/attempts.py``), except where the front is spoken to.
 """
 
 from __future__ import annotations
@@ -49,7 +51,69 @@ class StartMigration(Message, frozen=True, kw_only=True):
     target: int
 
 
+class PeerDied(Message, frozen=True, kw_only=True):
+    """Worker ``worker_id`` is dead for certain: nothing of it writes, sends or owns any more.
+    Let go of what depends on it, then acknowledge."""
+
+    event_id: int
+    worker_id: int
+
+
+class Discard(Message, frozen=True, kw_only=True):
+    """These attempts are void: end them without a word, now or when they arrive."""
+
+    rids: list[str]
+
+
+class Resume(Message, frozen=True, kw_only=True):
+    """Continue a request after ``output_ids``; a prefill worker sends the KV of its prompt and
+    all output but the last token over transfer ``room``.
+
+    ``cached_tokens``, ``reasoning_tokens``: usage counters so far.
+    """
+
+    spec: RequestSpec
+    output_ids: bytes
+    cached_tokens: int
+    reasoning_tokens: int
+    bootstrap_host: str
+    bootstrap_port: int
+    room: int
+
+
 # --- worker -> controller -------------------------------------------------------------------
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    """Rank ``rank`` of a worker is not stopped; sent by a thread of its own, so that a long step
+    is not mistaken for death. ``incarnation`` counts the worker's restarts."""
+
+    worker_id: int
+    incarnation: int
+    rank: int
+
+
+class RequestFailed(Message, frozen=True, kw_only=True):
+    """The worker lost a request through no fault of the request: it wants a new attempt."""
+
+    rid: str
+    worker_id: int
+    reason: str
+
+
+class Adopted(Message, frozen=True, kw_only=True):
+    """The target of a migration owns the request now; told by itself, as its source may die."""
+
+    migration_id: int
+    rid: str
+    worker_id: int
+
+
+class PeerDiedAck(Message, frozen=True, kw_only=True):
+    """All this worker had to say that bears on the dead one was sent before."""
+
+    event_id: int
+    worker_id: int
 
 
 class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +134,7 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     """
 
     worker_id: int
+    incarnation: int
     load: WorkerLoad
     finished: list[str]
     pools: PoolCounters
@@ -189,6 +254,36 @@ class ForwardAbort(Message, frozen=True, kw_only=True):
     source: int
 
 
+# --- controller <-> token ledger ------------------------------------------------------------
+
+
+class FenceRequests(Message, frozen=True, kw_only=True):
+    """Let only these attempts speak from here on (rid of the client: attempt)."""
+
+    fence_id: int
+    attempts: dict[str, int]
+
+
+class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a request went towards the client before the fence; nothing else ever will.
+
+    ``ended``: its last token or an error went out. ``output_ids``: little-endian int32.
+    """
+
+    rid: str
+    ended: bool
+    output_ids: bytes
+    cached_tokens: int
+    reasoning_tokens: int
+
+
+class Fenced(Message, frozen=True, kw_only=True):
+    """The fence is up."""
+
+    fence_id: int
+    requests: list[EmittedTokens]
+
+
 # --- front <-> controller -------------------------------------------------------------------
 
 
@@ -223,6 +318,9 @@ class QueryReply(Message, frozen=True, kw_only=True):
 WorkerInbound = (
     ConnectPeers
     | StartMigration
+    | PeerDied
+    | Discard
+    | Resume
     | Offer
     | Accept
     | Refuse
@@ -233,7 +331,17 @@ WorkerInbound = (
     | TransferFailed
     | ForwardAbort
 )
-ControllerInbound = WorkerReport | MigrationResult | Landed
+ControllerInbound = (
+    Heartbeat
+    | WorkerReport
+    | MigrationResult
+    | Landed
+    | Adopted
+    | RequestFailed
+    | PeerDiedAck
+    | Fenced
+)
+LedgerInbound = FenceRequests
 FrontInbound = StatusQuery | RequestsQuery | MigrateQuery
 
 _encoder = msgspec.msgpack.Encoder()

@@ -19,18 +19,23 @@ class Mailbox:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.bind(endpoint)
         self._peers: dict[str, zmq.Socket[bytes]] = {}
+        self._endpoints: dict[str, str] = {}
 
     def connect(self, peer: str, endpoint: str) -> None:
-        """Make ``peer`` reachable; connecting again replaces the old connection."""
+        """Make ``peer`` reachable; another endpoint replaces the old connection."""
+        if self._endpoints.get(peer) == endpoint:
+            return
         self.disconnect(peer)
         socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.connect(endpoint)
         self._peers[peer] = socket
+        self._endpoints[peer] = endpoint
 
     def disconnect(self, peer: str) -> None:
         """Forget ``peer``; what it was not sent yet is dropped."""
+        self._endpoints.pop(peer, None)
         socket = self._peers.pop(peer, None)
         if socket is not None:
             socket.close(linger=0)

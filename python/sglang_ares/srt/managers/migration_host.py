@@ -81,9 +81,9 @@ class SchedulerMigrationHost:
         self._resumed.append(req)
         self._scheduler.waiting_queue.append(req)
 
-    def pop_resumed(self, reqs: list[Req]) -> list[Req]:
-        """Those of ``reqs`` that enter the batch with output."""
-        entering = [r for r in self._resumed if any(r is q for q in reqs)]
+    def pop_resumed(self, reqs: list[Req], recovered: list[Req]) -> list[Req]:
+        """Those of ``reqs`` that enter the batch with output, ``recovered`` ones among them."""
+        entering = [r for r in self._resumed if any(r is q for q in reqs)] + recovered
         # The rest still waits, or was aborted while it did.
         waiting = self._scheduler.waiting_queue
         self._resumed = [r for r in self._resumed if any(r is q for q in waiting)]
@@ -123,6 +123,25 @@ class SchedulerMigrationHost:
                 bootstrap_room=offer.room,
             )
         )
+
+    def stop_waiting_for(self, peer: Peer) -> None:
+        """``peer`` is dead: requests that wait for KV from it fail now instead of never."""
+        address = f"{peer.bootstrap_host}:{peer.bootstrap_port}"
+        scheduler = self._scheduler
+        waiting = [
+            *scheduler.disagg_decode_prealloc_queue.queue,
+            *scheduler.disagg_decode_transfer_queue.queue,
+        ]
+        for decode_req in waiting:
+            req = decode_req.req
+            if f"{req.bootstrap_host}:{req.bootstrap_port}" == address:
+                decode_req.kv_receiver.abort()
+
+    def lost(self, req: Req, reason: str) -> None:
+        """The request may have been owned by a worker that died: ask for a new attempt."""
+        scheduler = self._scheduler
+        scheduler.ares.request_failed(req.rid, reason)
+        self.release(req)
 
     # --- memory -----------------------------------------------------------------------------
 

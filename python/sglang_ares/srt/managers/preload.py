@@ -2,5 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import sglang_ares.srt.managers.scheduler
 import sglang_ares.srt.managers.worker_process  # noqa: F401
+
+# Upstream's workers send their parent SIGQUIT when they fail. Here that is the fork server, which
+# must outlive them: it starts their successors.
+signal.signal(signal.SIGQUIT, signal.SIG_IGN)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
@@ -15,14 +17,29 @@ from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
-from sglang_ares.srt.managers.io_struct import ConnectPeers, StartMigration
+from sglang_ares.srt.disaggregation.resume import ResumedRequests
+from sglang_ares.srt.managers.heartbeat import start_heartbeat
+from sglang_ares.srt.managers.io_struct import (
+    ConnectPeers,
+    Discard,
+    Message,
+    PeerDied,
+    PeerDiedAck,
+    Resume,
+    StartMigration,
+)
 from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
-from sglang_ares.srt.managers.output_streamer import DecodeOutputStreamer, PrefillOutputStreamer
+from sglang_ares.srt.managers.output_streamer import (
+    AresOutputStreamer,
+    DecodeOutputStreamer,
+    PrefillOutputStreamer,
+    TokenizerEcho,
+)
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -52,12 +69,14 @@ class AresScheduler(Scheduler):
 
     def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         self.migrations: MigrationManager | None = None
+        self.resumed: ResumedRequests | None = None
         self.ares: WorkerAgent
         self._pools_at_start: PoolCounters | None = None
         self._was_busy = False
         self._last_forward_was_decode = False
         super().__init__(server_args, port_args)
         self._pools_at_start = pool_counters(self, idle=True)
+        start_heartbeat(self.spec, get_parallel().tp_rank)
 
     # --- construction: upstream's init_* steps ----------------------------------------------
 
@@ -66,6 +85,10 @@ class AresScheduler(Scheduler):
         super().init_ipc_channels(port_args)
         self._ares_rank_zero = get_parallel().attn_tp_rank == 0
         self.ares = WorkerAgent(self.spec, speaks=self._ares_rank_zero)
+        AresOutputStreamer.agent = self.ares
+        channels: Any = self.ipc_channels
+        echo = TokenizerEcho(channels.send_to_tokenizer, self.ares)
+        self.ipc_channels: Any = dataclasses.replace(channels, send_to_tokenizer=echo)
         if self._ares_rank_zero:
             self.load_snapshot_writer = WorkerLoadWriter(self.spec)
 
@@ -85,6 +108,7 @@ class AresScheduler(Scheduler):
             link = KvLink(self, self.spec.bootstrap_host, self.spec.bootstrap_port)
             self._host = SchedulerMigrationHost(self, link, self.spec.limits)
             self.migrations = MigrationManager(self._host, self.spec.limits)
+            self.resumed = ResumedRequests(self)
 
     def get_output_streamer_class(self) -> type:
         """Who may speak to the detokenizer, by role."""
@@ -100,19 +124,45 @@ class AresScheduler(Scheduler):
         now = time.monotonic()
         for frame in self._control_frames():
             message = self.ares.decode(frame)
-            if isinstance(message, ConnectPeers):
-                self._connect(message)
-            elif message is None or self.migrations is None:
-                continue
-            elif isinstance(message, StartMigration):
-                self.migrations.start(message, now)
-            else:
-                self.migrations.handle(message, now)
+            if message is not None:
+                self._handle_control(message, now)
         if self._engine_paused and self.migrations is not None:
             # Upstream's loop goes no further while paused; migrations under way must end.
             self.migrations.tick(now)
         self.ares.report_load(self, now)
         return received
+
+    def _handle_control(self, message: Message, now: float) -> None:
+        if isinstance(message, ConnectPeers):
+            self._connect(message)
+        elif isinstance(message, PeerDied):
+            self._let_go_of(message, now)
+        elif isinstance(message, Discard):
+            self._discard(message)
+        elif self.migrations is None or self.resumed is None:
+            logger.warning("dropped a %s: not a decode worker", type(message).__name__)
+        elif isinstance(message, Resume):
+            if not self.ares.is_void(message.spec.rid):
+                self.resumed.start(message)
+        elif isinstance(message, StartMigration):
+            self.migrations.start(message, now)
+        else:
+            self.migrations.handle(message, now)
+
+    def _let_go_of(self, message: PeerDied, now: float) -> None:
+        """A worker died: migrations with it end, and nothing waits for its KV any longer."""
+        if self.migrations is not None:
+            self.migrations.on_peer_died(message.worker_id, now)
+            peer = self.migrations.forget_peer(message.worker_id)
+            if peer is not None:
+                self._host.stop_waiting_for(peer)
+        self.ares.disconnect(message.worker_id)
+        self.ares.report(PeerDiedAck(event_id=message.event_id, worker_id=self.ares.worker_id))
+
+    def _discard(self, message: Discard) -> None:
+        for rid in message.rids:
+            self.ares.note_void(rid)
+            self.abort_request(AbortReq(rid=rid))
 
     def _control_frames(self) -> list[bytes]:
         frames = self.ares.drain()
@@ -172,6 +222,8 @@ class AresScheduler(Scheduler):
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
         """Remember what the front sent, to send it along should the request move."""
+        if self.ares.is_void(recv_req.rid):
+            return
         self._was_busy = True
         self.ares.note_received(recv_req)
         super().handle_generate_request(recv_req, **kwargs)
@@ -182,10 +234,15 @@ class AresScheduler(Scheduler):
             self.ares.retracted += 1
         elif self.migrations is not None and self.migrations.take_built(req, time.monotonic()):
             return
+        elif self.resumed is not None and self.resumed.take_built(req):
+            req.time_stats.set_decode_prealloc_queue_entry_time()
+            return
         super()._add_request_to_queue(req, is_retracted)
 
     def abort_request(self, recv_req: AbortReq) -> None:
         """Abort wherever the request is, in a migration too."""
+        if recv_req.rid:
+            self.ares.note_aborted(recv_req.rid)
         if self.migrations is not None:
             self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, time.monotonic())
         super().abort_request(recv_req)
@@ -194,7 +251,9 @@ class AresScheduler(Scheduler):
         """Upstream's batch of requests whose KV has arrived; penalties of resumed ones restored."""
         batch = super()._get_new_prebuilt_batch(running_batch)
         if batch is not None:
-            resumed = self._host.pop_resumed(batch.reqs)
+            assert self.resumed is not None
+            recovered = self.resumed.entering(batch.reqs)
+            resumed = self._host.pop_resumed(batch.reqs, recovered)
             if resumed:
                 seed_penalties(batch, resumed, overlap=self.enable_overlap)
         return batch

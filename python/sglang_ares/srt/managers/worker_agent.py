@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from sglang_ares.srt.managers.io_struct import (
     Message,
     Peer,
     PoolCounters,
+    RequestFailed,
     WorkerInbound,
     WorkerReport,
     encode,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROLLER: Final = "controller"
+
+# Rids remembered of requests that are gone.
+_REMEMBERED: Final = 8192
 
 
 @dataclass
@@ -52,6 +57,7 @@ class WorkerAgent:
     def __init__(self, spec: WorkerSpec, *, speaks: bool) -> None:
         self.worker_id = spec.worker_id
         self.role = spec.role
+        self._incarnation = spec.incarnation
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
         self._mailbox: Mailbox | None = None
@@ -68,6 +74,9 @@ class WorkerAgent:
         self._decode_time_s = 0.0
         self._last_step_end: float | None = None
         self.retracted = 0
+        # Attempts that were declared void, and requests whose client has left.
+        self._void: OrderedDict[str, None] = OrderedDict()
+        self._aborted: OrderedDict[str, None] = OrderedDict()
 
     # --- messages ---------------------------------------------------------------------------
 
@@ -97,8 +106,8 @@ class WorkerAgent:
                 self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
 
     def send(self, worker_id: int, message: Message) -> None:
-        """Send to a peer."""
-        if self._mailbox is not None:
+        """Send to a peer; a peer that died is not there to be told."""
+        if self._mailbox is not None and self._mailbox.knows(str(worker_id)):
             self._mailbox.send(str(worker_id), encode(message))
 
     def report(self, message: Message) -> None:
@@ -106,7 +115,33 @@ class WorkerAgent:
         if self._mailbox is not None:
             self._mailbox.send(CONTROLLER, encode(message))
 
+    def disconnect(self, worker_id: int) -> None:
+        """Forget a peer that died; what is sent to it from now on is dropped."""
+        if self._mailbox is not None:
+            self._mailbox.disconnect(str(worker_id))
+
     # --- requests ---------------------------------------------------------------------------
+
+    def note_void(self, rid: str) -> None:
+        """This attempt may not say anything any more, should it still come."""
+        _remember(self._void, rid)
+
+    def is_void(self, rid: str) -> bool:
+        """Whether the attempt was declared void."""
+        return rid in self._void
+
+    def note_aborted(self, rid: str) -> None:
+        """The client has left."""
+        _remember(self._aborted, rid)
+
+    def was_aborted(self, rid: str) -> bool:
+        """Whether the client has left."""
+        return rid in self._aborted
+
+    def request_failed(self, rid: str, reason: str) -> None:
+        """Ask the controller for a new attempt; this one is void."""
+        self.note_void(rid)
+        self.report(RequestFailed(rid=rid, worker_id=self.worker_id, reason=reason))
 
     def note_received(self, recv_req: TokenizedGenerateReqInput) -> None:
         """A request came in, from the front or from a peer."""
@@ -165,6 +200,7 @@ class WorkerAgent:
         self.report(
             WorkerReport(
                 worker_id=self.worker_id,
+                incarnation=self._incarnation,
                 load=self._load(scheduler, now),
                 finished=finished,
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
@@ -209,6 +245,12 @@ class WorkerAgent:
             since_move_s=now - arrived,
             movable=movable,
         )
+
+
+def _remember(rids: OrderedDict[str, None], rid: str) -> None:
+    rids[rid] = None
+    while len(rids) > _REMEMBERED:
+        rids.popitem(last=False)
 
 
 def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:

@@ -45,11 +45,12 @@ def run_worker_process(
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
 
 
-def run_detokenizer(*args: Any, **kwargs: Any) -> None:
+def run_detokenizer(runtime_dir: str, *args: Any, **kwargs: Any) -> None:
     """Upstream's detokenizer process, with our detokenizer."""
     leave_ctrl_c_to_the_front()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
     from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager
 
+    AresDetokenizerManager.runtime_dir = runtime_dir
     run_detokenizer_process(*args, detokenizer_manager_class=AresDetokenizerManager, **kwargs)

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WorkerSpec:
     """One worker. ``server_args`` are upstream's, already set to the worker's role;
-    ``loads_instance_id`` names the shared memory that ``/v1/loads`` reads."""
+    ``incarnation`` counts its restarts; ``loads_instance_id`` names the shared
+    memory that ``/v1/loads`` reads."""
 
     worker_id: int
+    incarnation: int
     role: str
     server_args: ServerArgs
     control_endpoint: str
@@ -24,6 +26,7 @@ class WorkerSpec:
     bootstrap_host: str
     bootstrap_port: int
     report_interval_s: float
+    heartbeat_interval_s: float
     limits: MigrationLimits
     seeded_sampling: bool
     cluster_size: int

@@ -38,6 +38,8 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("worker_retractions_total", "gauge", ("worker", "role"), "Requests retracted since start."),
     ("decode_step_seconds", "gauge", ("worker", "role"), "Mean decode step since last report."),
     ("imbalance_ratio", "gauge", (), "Most resident tokens of a decode worker over the mean."),
+    ("worker_losses_total", "counter", ("worker", "role"), "Workers declared dead."),
+    ("recovered_requests_total", "counter", (), "Requests continued by a further attempt."),
     ("dropped_control_frames_total", "counter", (), "Malformed control messages dropped."),
 )
 
@@ -104,6 +106,14 @@ class ControllerMetrics:
             ratio = max(self._decode_tokens.values()) / mean if mean else 1.0
             self._of("imbalance_ratio").set(ratio)
 
+    def worker_lost(self, worker: int, role: str) -> None:
+        """A worker was declared dead."""
+        self._of("worker_losses_total", worker=worker, role=role).inc()
+
+    def recovered(self) -> None:
+        """A request goes on by a further attempt."""
+        self._of("recovered_requests_total").inc()
+
     def dropped_frame(self) -> None:
         """A malformed message was dropped."""
         self._of("dropped_control_frames_total").inc()
@@ -121,5 +131,9 @@ class _NoMetrics(ControllerMetrics):
     def landed(self, message: Landed) -> None: ...
 
     def reported(self, report: WorkerReport) -> None: ...
+
+    def worker_lost(self, worker: int, role: str) -> None: ...
+
+    def recovered(self) -> None: ...
 
     def dropped_frame(self) -> None: ...
