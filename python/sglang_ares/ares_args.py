@@ -69,6 +69,9 @@ class AresArgs:
     max_attempts: int = _flag(
         5, "How often a request is recovered from failing workers before it is given up."
     )
+    fault_injection: bool = _flag(
+        False, "Accept POST /ares/fault, which holds or breaks migrations; for rehearsals."
+    )
     worker_start_timeout: float = _flag(
         600.0, "Seconds a worker may take to load its model.", metavar="S"
     )
@@ -128,10 +131,13 @@ class AresArgs:
         for f in dataclasses.fields(cls):
             options = dict(f.metadata)
             help_text = options.pop("help")
+            if isinstance(f.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = type(f.default)
             group.add_argument(
                 flag_name(f.name),
                 dest=f"ares_{f.name}",
-                type=type(f.default),
                 default=f.default,
                 help=f"{help_text} Default: {f.default}.",
                 **options,

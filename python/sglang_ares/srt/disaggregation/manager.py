@@ -6,8 +6,10 @@ import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.migration import (
     REFUSED,
+    Migration,
     MigrationLimits,
     TargetState,
 )
@@ -71,8 +73,16 @@ class MigrationHost(SourceHost, TargetHost, Protocol):
 class MigrationManager:
     """Owns every :class:`SourceMigration` and :class:`TargetMigration` of a worker."""
 
-    def __init__(self, host: MigrationHost, limits: MigrationLimits) -> None:
+    def __init__(
+        self,
+        host: MigrationHost,
+        limits: MigrationLimits,
+        faults: FaultInjector | None = None,
+    ) -> None:
         self._host = host
+        self._faults = faults
+        # Messages to migrations that an injected fault holds.
+        self._postponed: list[Message] = []
         self._limits = limits
         self._peers: dict[int, Peer] = {}
         self.outbound: dict[int, SourceMigration] = {}
@@ -133,6 +143,28 @@ class MigrationManager:
             if abort_all or arriving.record.rid.startswith(rids):
                 arriving.on_forward_abort()
 
+    # --- injected faults --------------------------------------------------------------------
+
+    def _expose(self, side: str, record: Migration) -> None:
+        """Let injected faults strike this migration."""
+        faults = self._faults
+        if faults is None:
+            return
+
+        def strike(record: Migration) -> None:
+            faults.reached(f"{side}:{record.state.value}", record)
+
+        record.on_enter = strike
+        strike(record)
+
+    def _held(self, record: Migration) -> bool:
+        return self._faults is not None and self._faults.holds(record)
+
+    def _deliver_postponed(self, now: float) -> None:
+        postponed, self._postponed = self._postponed, []
+        for message in postponed:
+            self.handle(message, now)
+
     # --- messages ---------------------------------------------------------------------------
 
     def start(self, command: StartMigration, now: float) -> None:
@@ -159,7 +191,7 @@ class MigrationManager:
             self._limits.headroom_tokens,
             req.sampling_params.max_new_tokens - len(req.output_ids) + 2,
         )
-        self.outbound[command.migration_id] = SourceMigration(
+        migration = SourceMigration(
             self._host,
             self._limits,
             command.migration_id,
@@ -169,6 +201,9 @@ class MigrationManager:
             headroom,
             now,
         )
+        migration.faults = self._faults
+        self.outbound[command.migration_id] = migration
+        self._expose("source", migration.record)
 
     def _why_not(
         self,
@@ -204,6 +239,7 @@ class MigrationManager:
             return
         migration = TargetMigration(self._host, self._limits, offer, source, now)
         self.inbound[offer.migration_id] = migration
+        self._expose("target", migration.record)
         self._building[offer.room] = migration
         migration.start(now)
         if migration.record.final:
@@ -215,7 +251,9 @@ class MigrationManager:
             logger.warning("dropped a message of unknown worker %d", message.source)
             return
         migration = self.inbound.get(message.migration_id)
-        if migration is not None:
+        if migration is not None and self._held(migration.record):
+            self._postponed.append(message)
+        elif migration is not None:
             if isinstance(message, Commit):
                 migration.on_commit(message, now)
             elif isinstance(message, Cancel):
@@ -259,6 +297,9 @@ class MigrationManager:
         if migration is None or migration.record.final:
             self._answer_stray(message)
             return
+        if self._held(migration.record):
+            self._postponed.append(message)
+            return
         match message:
             case Accept():
                 migration.on_accept(message.prefix_tokens)
@@ -289,6 +330,8 @@ class MigrationManager:
 
     def tick(self, now: float) -> None:
         """Poll all transfers once and advance every migration; never waits."""
+        if self._postponed:
+            self._deliver_postponed(now)
         if not self.active:
             return
         outbound = list(self.outbound.values())
@@ -298,6 +341,8 @@ class MigrationManager:
         pollers += [m.poller for m in receiving]
         states = self._host.link.poll(pollers)
         for i, source in enumerate(outbound):
+            if self._held(source.record):
+                continue
             was_final = source.record.final
             source.tick(now, states[2 * i], states[2 * i + 1])
             if not was_final:
@@ -306,6 +351,8 @@ class MigrationManager:
                 del self.outbound[source.record.migration_id]
         polls = dict(zip(map(id, receiving), states[2 * len(outbound) :], strict=True))
         for target in inbound:
+            if self._held(target.record):
+                continue
             target.tick(now, polls.get(id(target)))
             self._drop_if_final(target)
 

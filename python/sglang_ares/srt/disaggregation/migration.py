@@ -22,6 +22,7 @@ goes on (CANCELLING drains the copy, then ``Cancel`` lets the target free its me
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -119,6 +120,8 @@ class Migration:
     outcome: str = ""
     reason: str = ""
     history: list[str] = field(default_factory=list)
+    # Called after every transition.
+    on_enter: Callable[[Migration], None] | None = None
 
     def enter(self, state: SourceState | TargetState, now: float, timeout_s: float) -> None:
         """Go to ``state``, log the transition and restart the clock."""
@@ -143,6 +146,8 @@ class Migration:
         self.history.append(state.value)
         self.state = state
         self.deadline = now + timeout_s
+        if self.on_enter is not None:
+            self.on_enter(self)
 
     @property
     def final(self) -> bool:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ares.srt.disaggregation.faults import FaultInjector
     from sglang_ares.srt.disaggregation.kv_link import KvLink
 
 
@@ -126,6 +127,8 @@ class SourceMigration:
         self._cancel_sent = False
         self._aborted_by_client = False
         self._sender_closed = False
+        self._chunks = 0
+        self.faults: FaultInjector | None = None
         self.kv_bytes = 0
         host.send(
             target,
@@ -242,10 +245,13 @@ class SourceMigration:
             SourceState.RECALLING,
         ):
             self._give_up(FAILED, f"timeout in {state.value}", now)
+        elif (
+            state in (SourceState.OFFERED, SourceState.COPYING)
+            and self.req.kv.kv_committed_len > self._reserved_tokens
+        ):
+            self._give_up(CANCELLED, "outgrew the offer", now)
         elif state is SourceState.OFFERED:
-            if self.req.kv.kv_committed_len > self._reserved_tokens:
-                self._give_up(CANCELLED, "outgrew the offer", now)
-            elif self._accepted and sender_poll == KVPoll.WaitingForInput:
+            if self._accepted and sender_poll == KVPoll.WaitingForInput:
                 self._begin_copy(now)
         elif state is SourceState.COPYING:
             if not self._chunk_in_flight or progress_poll == KVPoll.Success:
@@ -324,6 +330,11 @@ class SourceMigration:
         pages = self._host.link.pages(self.req, self._sent_tokens, end)
         self._sender.send(pages, None, num_kv_tokens=end - self._sent_tokens)
         self._sent_tokens = end
+        self._chunks += 1
+        if self.faults is not None and self.faults.reached(
+            f"source:chunk:{self._chunks}", self.record
+        ):
+            self._sender.abort()
 
     # --- endings ----------------------------------------------------------------------------
 

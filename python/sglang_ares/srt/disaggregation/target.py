@@ -157,6 +157,9 @@ class TargetMigration:
     def on_commit(self, commit: Commit, now: float) -> None:
         """The source has stopped; take over when the KV is complete too."""
         if self.record.state is TargetState.RECEIVING:
+            if commit.tokens > self._offer.tokens + self._offer.headroom:
+                self._fail("the request outgrew its reservation", now)
+                return
             self._commit = commit
             self._take_over_when_complete(now)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
+from sglang_ares.srt.disaggregation.faults import is_point
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
 
 
@@ -17,6 +18,15 @@ class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
 
     rid: str
     target: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
+class FaultBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /ares/fault``; see ``disaggregation/faults.py``."""
+
+    worker: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    point: str = ""
+    action: Literal["hold", "fail", "release"] = "hold"
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0
 
 
 def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
@@ -47,6 +57,26 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
         except msgspec.MsgspecError as error:
             return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
         return await _answer(client.migrate(body.rid, body.target))
+
+    @app.get("/ares/fault")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def faults() -> Response:
+        """The injected faults that have struck since the last was armed."""
+        return await _answer(client.inject_fault(None))
+
+    @app.post("/ares/fault")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def fault(request: Request) -> Response:
+        """Arm a fault on a worker (needs ``--ares-fault-injection``)."""
+        try:
+            body = msgspec.json.decode(await request.body(), type=FaultBody)
+        except msgspec.MsgspecError as error:
+            return _error(400, f"the body is not understood: {error}")
+        if body.action != "release" and not is_point(body.point):
+            return _error(400, f"{body.point!r} is no point of a migration (source:COPYING, …)")
+        return await _answer(
+            client.inject_fault(body.worker, body.point, body.action, body.seconds)
+        )
 
 
 async def _answer(query: Any) -> Response:

@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
+    FaultQuery,
     Message,
     MigrateQuery,
     QueryReply,
@@ -51,6 +52,20 @@ class FrontClient:
     async def migrate(self, rid: str, target: int) -> tuple[int, Any]:
         """Move a request and wait for the outcome."""
         return await self._ask(MigrateQuery(query_id=next(self._ids), rid=rid, target=target))
+
+    async def inject_fault(
+        self, worker_id: int | None, point: str = "", action: str = "", seconds: float = 0.0
+    ) -> tuple[int, Any]:
+        """Inject a fault on a worker, or (no worker) ask which have struck."""
+        return await self._ask(
+            FaultQuery(
+                query_id=next(self._ids),
+                worker_id=worker_id,
+                point=point,
+                action=action,
+                seconds=seconds,
+            )
+        )
 
     async def _ask(self, query: Message) -> tuple[int, Any]:
         if self._socket is None:

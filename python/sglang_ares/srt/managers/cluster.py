@@ -95,15 +95,18 @@ class WorkerCluster:
         self._ares_args = ares_args
         self._runtime_dir = runtime_dir
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
-        ports = _free_ports(len(roles))
+        ports = _free_ports(2 * len(roles))
         self.workers = [
-            self._worker(worker_id, role, port, incarnation=0)
-            for worker_id, (role, port) in enumerate(zip(roles, ports, strict=True))
+            self._worker(worker_id, role, ports[2 * worker_id : 2 * worker_id + 2], incarnation=0)
+            for worker_id, role in enumerate(roles)
         ]
 
-    def _worker(self, worker_id: int, role: str, port: int, incarnation: int) -> WorkerProcess:
+    def _worker(
+        self, worker_id: int, role: str, ports: list[int], incarnation: int
+    ) -> WorkerProcess:
         ares_args = self._ares_args
-        worker_args = worker_server_args(self._server_args, role, worker_id, port)
+        port, nccl_port = ports
+        worker_args = worker_server_args(self._server_args, role, worker_id, port, nccl_port)
         spec = WorkerSpec(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -122,6 +125,7 @@ class WorkerCluster:
             seeded_sampling=worker_args.sampling_backend == "pytorch",
             cluster_size=ares_args.total_workers,
             loads_instance_id=self._port_args.instance_id,
+            fault_injection=ares_args.fault_injection,
         )
         return WorkerProcess(spec, _worker_port_args(worker_args, self._port_args))
 
@@ -188,7 +192,7 @@ class WorkerCluster:
     def restart(self, worker_id: int) -> WorkerProcess:
         """Start a worker anew, with addresses of its own; see :meth:`poll_ready`."""
         old = self.workers[worker_id].spec
-        worker = self._worker(worker_id, old.role, _free_ports(1)[0], old.incarnation + 1)
+        worker = self._worker(worker_id, old.role, _free_ports(2), old.incarnation + 1)
         self.workers[worker_id] = worker
         self._spawn(worker)
         return worker
@@ -210,7 +214,7 @@ def _died_while_starting(worker: WorkerProcess) -> WorkerStartError:
 
 
 def worker_server_args(
-    server_args: ServerArgs, role: str, worker_id: int, bootstrap_port: int
+    server_args: ServerArgs, role: str, worker_id: int, bootstrap_port: int, nccl_port: int
 ) -> ServerArgs:
     """The operator's server arguments, set to one worker's role; not resolved yet."""
     fields = msgspec.structs.asdict(server_args)
@@ -222,7 +226,9 @@ def worker_server_args(
         disaggregation_bootstrap_port=bootstrap_port,
         host=_LOOPBACK,
         base_gpu_id=server_args.base_gpu_id + worker_id * gpus_per_worker,
-        nccl_port=None,
+        # Upstream would draw it from the range of outgoing connections, where it may be taken
+        # by the time the worker binds it.
+        nccl_port=nccl_port,
         dist_init_addr=None,
     )
     if role == PREFILL:

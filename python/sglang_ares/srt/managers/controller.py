@@ -39,10 +39,13 @@ from sglang_ares.srt.managers.io_struct import (
     ControllerInbound,
     Decoder,
     EmittedTokens,
+    FaultQuery,
+    FaultReached,
     Fenced,
     FenceRequests,
     FrontInbound,
     Heartbeat,
+    InjectFault,
     Landed,
     Message,
     MigrateQuery,
@@ -175,6 +178,7 @@ class AresController(DataParallelController):
         # Queries of the front that wait for a migration's outcome: (identity, query id).
         self._waiting: dict[int, tuple[bytes, int]] = {}
         self._seeds = SampleSeeds()
+        self._faults_struck: list[dict[str, Any]] = []
         self.dropped_frames = 0
         self.metrics = ControllerMetrics.create(self.server_args)
 
@@ -304,6 +308,7 @@ class AresController(DataParallelController):
     def take_in(self, worker: WorkerProcess) -> None:
         """A worker that was restarted is ready."""
         worker_id = worker.spec.worker_id
+        self.workers[worker_id] = self._input_socket(worker)
         self.status[worker_id] = True
         self._active_workers = sorted({*self._active_workers, worker_id})
         self._introduce_workers()
@@ -376,6 +381,8 @@ class AresController(DataParallelController):
             self.recovery.on_acknowledged(message.event_id, message.worker_id)
         elif isinstance(message, Fenced):
             self.recovery.on_fenced(message)
+        elif isinstance(message, FaultReached):
+            self._faults_struck.append(msgspec.structs.asdict(message))
         elif isinstance(message, Adopted):
             self.state.note_adopted(message)
         elif isinstance(message, WorkerReport):
@@ -433,6 +440,23 @@ class AresController(DataParallelController):
             self._reply(identity, query.query_id, 200, self.state.requests())
         elif isinstance(query, MigrateQuery):
             self._on_migrate_query(identity, query)
+        elif isinstance(query, FaultQuery):
+            self._reply(identity, query.query_id, *self._on_fault_query(query))
+
+    def _on_fault_query(self, query: FaultQuery) -> tuple[int, Any]:
+        if not self.ares_args.fault_injection:
+            return 403, {"reason": "start the server with --ares-fault-injection"}
+        if query.worker_id is None:
+            struck = [{**f, "rid": public_rid(f["rid"])} for f in self._faults_struck]
+            return 200, {"struck": struck}
+        if query.worker_id not in self.state.workers:
+            return 404, {"reason": f"there is no worker {query.worker_id}"}
+        if self.state.workers[query.worker_id].state != READY:
+            return 409, {"reason": f"worker {query.worker_id} is not ready"}
+        self._faults_struck.clear()
+        fault = InjectFault(point=query.point, action=query.action, seconds=query.seconds)
+        self.tell(query.worker_id, fault)
+        return 200, {"armed": query.point}
 
     def _on_migrate_query(self, identity: bytes, query: MigrateQuery) -> None:
         owner = self.state.owners.get(query.rid)

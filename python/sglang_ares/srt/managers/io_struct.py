@@ -81,6 +81,16 @@ class Resume(Message, frozen=True, kw_only=True):
     room: int
 
 
+class InjectFault(Message, frozen=True, kw_only=True):
+    """Hold the next migration that reaches ``point`` for ``seconds`` (action ``hold``), let its
+    transfer fail there (``fail``), or end all holds (``release``); ``disaggregation/faults.py``.
+    """
+
+    point: str
+    action: str
+    seconds: float
+
+
 # --- worker -> controller -------------------------------------------------------------------
 
 
@@ -107,6 +117,14 @@ class Adopted(Message, frozen=True, kw_only=True):
     migration_id: int
     rid: str
     worker_id: int
+
+
+class FaultReached(Message, frozen=True, kw_only=True):
+    """An injected fault has struck."""
+
+    worker_id: int
+    point: str
+    rid: str
 
 
 class PeerDiedAck(Message, frozen=True, kw_only=True):
@@ -307,6 +325,16 @@ class MigrateQuery(Message, frozen=True, kw_only=True):
     target: int
 
 
+class FaultQuery(Message, frozen=True, kw_only=True):
+    """Inject a fault on a worker, or (no worker) ask which have struck."""
+
+    query_id: int
+    worker_id: int | None
+    point: str
+    action: str
+    seconds: float
+
+
 class QueryReply(Message, frozen=True, kw_only=True):
     """Answer to any query: an HTTP status and a JSON document (as bytes)."""
 
@@ -321,6 +349,7 @@ WorkerInbound = (
     | PeerDied
     | Discard
     | Resume
+    | InjectFault
     | Offer
     | Accept
     | Refuse
@@ -339,10 +368,11 @@ ControllerInbound = (
     | Adopted
     | RequestFailed
     | PeerDiedAck
+    | FaultReached
     | Fenced
 )
 LedgerInbound = FenceRequests
-FrontInbound = StatusQuery | RequestsQuery | MigrateQuery
+FrontInbound = StatusQuery | RequestsQuery | MigrateQuery | FaultQuery
 
 _encoder = msgspec.msgpack.Encoder()
 

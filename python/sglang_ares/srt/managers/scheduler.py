@@ -13,6 +13,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils import broadcast_pyobj
 
+from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
@@ -22,6 +23,7 @@ from sglang_ares.srt.managers.heartbeat import start_heartbeat
 from sglang_ares.srt.managers.io_struct import (
     ConnectPeers,
     Discard,
+    InjectFault,
     Message,
     PeerDied,
     PeerDiedAck,
@@ -70,6 +72,7 @@ class AresScheduler(Scheduler):
     def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         self.migrations: MigrationManager | None = None
         self.resumed: ResumedRequests | None = None
+        self._faults: FaultInjector | None = None
         self.ares: WorkerAgent
         self._pools_at_start: PoolCounters | None = None
         self._was_busy = False
@@ -107,7 +110,9 @@ class AresScheduler(Scheduler):
         if self.disaggregation_mode is DisaggregationMode.DECODE:
             link = KvLink(self, self.spec.bootstrap_host, self.spec.bootstrap_port)
             self._host = SchedulerMigrationHost(self, link, self.spec.limits)
-            self.migrations = MigrationManager(self._host, self.spec.limits)
+            if self.spec.fault_injection:
+                self._faults = FaultInjector(self.ares.worker_id, self.ares.report, time.monotonic)
+            self.migrations = MigrationManager(self._host, self.spec.limits, self._faults)
             self.resumed = ResumedRequests(self)
 
     def get_output_streamer_class(self) -> type:
@@ -144,6 +149,9 @@ class AresScheduler(Scheduler):
         elif isinstance(message, Resume):
             if not self.ares.is_void(message.spec.rid):
                 self.resumed.start(message)
+        elif isinstance(message, InjectFault):
+            if self._faults is not None:
+                self._faults.arm(message)
         elif isinstance(message, StartMigration):
             self.migrations.start(message, now)
         else:

@@ -31,3 +31,4 @@ class WorkerSpec:
     seeded_sampling: bool
     cluster_size: int
     loads_instance_id: str
+    fault_injection: bool

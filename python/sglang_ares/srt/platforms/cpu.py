@@ -31,7 +31,9 @@ CPU_DEFAULTS: dict[str, Any] = {
     "sampling_backend": "pytorch",
     # Upstream takes memory that other processes use for the model's; the pool's size is set by
     # max_total_tokens anyway.
-    "mem_fraction_static": 0.5,
+    # Workers that start together take memory while each looks at what is left; the cap is
+    # max_total_tokens.
+    "mem_fraction_static": 0.9,
     "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
