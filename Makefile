@@ -67,6 +67,10 @@ test-integration: $(READY) ## tests with real workers
 	@echo "== integration tests"
 	@$(PYTEST) test/integration $(PYTEST_ARGS) $(NONE_SELECTED_IS_FINE)
 
+.PHONY: soak
+soak: $(READY) ## five minutes of random faults under load; moves only: ARGS="--faults none --moves 1000"
+	@PYTHONPATH=test $(PY) test/soak.py $(ARGS)
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy, changing nothing
 	@echo "== ruff check"

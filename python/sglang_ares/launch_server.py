@@ -82,6 +82,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang_ares.engine import Engine, detokenizer_of, prepare_server_args
     from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
     from sglang_ares.srt.entrypoints.front_client import FrontClient
+    from sglang_ares.srt.entrypoints.leaving import RefuseWhileLeaving
     from sglang_ares.srt.managers.runtime_dir import front_endpoint
 
     check_port(server_args.host, server_args.port)
@@ -98,6 +99,9 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     )
     client = FrontClient(front_endpoint(runtime_dir))
     add_ares_routes(app, client)
+    app.add_middleware(
+        RefuseWhileLeaving, is_leaving=lambda: bool(tokenizer_manager.gracefully_exit)
+    )
     _setup_and_run_http_server(
         server_args,
         tokenizer_manager,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from integration.fault_world import PROMPTS, FaultWorld, Stream, kill
 from integration.servers import start_server, stop_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -92,24 +94,82 @@ def test_engine_leaves_no_process_behind(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(p) for p in pids)
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "worker killed"])
+def gone(family: list[psutil.Process], timeout_s: float = 20) -> bool:
+    """Whether all these processes end in time."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if not [p for p in family if p.is_running() and p.status() != "zombie"]:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "controller killed"])
 def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
-    """Ctrl-C, and the death of a worker, end every process of the server."""
-    process, server = start_server(tmp_path / "log", "--ares-decode-workers=1")
+    """Ctrl-C, and the death of the controller, end every process of the server."""
+    process, _ = start_server(tmp_path / "log", "--ares-decode-workers=1")
     try:
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4
         if how == "ctrl-c":
             os.kill(process.pid, signal.SIGINT)
         else:
-            victim = next(w for w in server.status()["workers"] if w["role"] == "decode")
-            os.kill(victim["pids"][0], signal.SIGKILL)
+            controller = next(p for p in family if "data_parallel_controller" in p.name())
+            controller.kill()
         process.wait(90)
-        deadline = time.monotonic() + 20
-        while any(p.is_running() for p in family) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not [p for p in family if p.is_running() and p.status() != "zombie"]
-        if how == "worker killed":
-            assert "decode worker 1 died (exit code -9)" in server.log.read_text()
+        assert gone(family)
+    finally:
+        stop_server(process)
+
+
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+    """A running stream ends normally; a new request gets 503; then all processes are gone."""
+    process, server = start_server(tmp_path / "log", "--ares-decode-workers=1")
+
+    async def scenario() -> Stream:
+        async with FaultWorld(server).client() as client:
+            stream = Stream("last-one", PROMPTS[0], max_new_tokens=1500)
+            task = asyncio.create_task(stream.run(client))
+            await stream.has(20)
+            os.kill(process.pid, signal.SIGTERM)
+            await asyncio.sleep(0.5)
+            late = await client.post("/generate", json={"text": "sort 2 1\n"}, timeout=30)
+            assert late.status_code == 503, late.text
+            return await task
+
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+        stream = asyncio.run(scenario())
+        assert not stream.error and len(stream.output_ids) == 1500, stream
+        process.wait(90)
+        assert gone(family)
+        assert "starting" not in server.log.read_text().split("Gracefully exiting")[-1]
+    finally:
+        stop_server(process)
+
+
+def test_503_when_a_role_has_no_worker_left(tmp_path: Path) -> None:
+    """Without restarts, the death of the only decode worker leaves nobody to serve."""
+    process, server = start_server(
+        tmp_path / "log", "--ares-decode-workers=1", "--ares-max-restarts=0"
+    )
+
+    async def scenario() -> None:
+        async with FaultWorld(server).client() as client:
+            stream = Stream("lost", PROMPTS[0], max_new_tokens=1500)
+            task = asyncio.create_task(stream.run(client))
+            await stream.has(20)
+            victim = next(w for w in server.status()["workers"] if w["role"] == "decode")
+            kill(victim, signal.SIGKILL)
+            await task
+            assert "no decode worker is left" in stream.error, stream
+            answer = await client.post("/generate", json={"text": "sort 2 1\n"}, timeout=30)
+            assert answer.status_code == 503, answer.text
+            assert "no decode worker is left" in answer.text
+            worker = next(w for w in server.status()["workers"] if w["role"] == "decode")
+            assert worker["state"] == "failed" and "exit code -9" in worker["reason"]
+
+    try:
+        asyncio.run(scenario())
     finally:
         stop_server(process)

@@ -20,6 +20,12 @@ class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
     target: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
+class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /ares/drain`` and ``/ares/undrain``."""
+
+    worker: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
 class FaultBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/fault``; see ``disaggregation/faults.py``."""
 
@@ -57,6 +63,25 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
         except msgspec.MsgspecError as error:
             return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
         return await _answer(client.migrate(body.rid, body.target))
+
+    @app.post("/ares/drain")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def drain(request: Request) -> Response:
+        """Empty a worker; the status shows it draining, then drained."""
+        return await _drain(request, True)
+
+    @app.post("/ares/undrain")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def undrain(request: Request) -> Response:
+        """Use a drained worker again."""
+        return await _drain(request, False)
+
+    async def _drain(request: Request, drain: bool) -> Response:
+        try:
+            body = msgspec.json.decode(await request.body(), type=DrainBody)
+        except msgspec.MsgspecError as error:
+            return _error(400, f'the body must be {{"worker": integer}}: {error}')
+        return await _answer(client.drain(body.worker, drain))
 
     @app.get("/ares/fault")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)

@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
+    DrainQuery,
     FaultQuery,
     Message,
     MigrateQuery,
@@ -52,6 +53,12 @@ class FrontClient:
     async def migrate(self, rid: str, target: int) -> tuple[int, Any]:
         """Move a request and wait for the outcome."""
         return await self._ask(MigrateQuery(query_id=next(self._ids), rid=rid, target=target))
+
+    async def drain(self, worker_id: int, drain: bool) -> tuple[int, Any]:
+        """Begin to empty a worker, or use it again."""
+        return await self._ask(
+            DrainQuery(query_id=next(self._ids), worker_id=worker_id, drain=drain)
+        )
 
     async def inject_fault(
         self, worker_id: int | None, point: str = "", action: str = "", seconds: float = 0.0

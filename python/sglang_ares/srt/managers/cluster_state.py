@@ -34,6 +34,8 @@ class WorkerView:
     state: str = READY
     # Why it is not ready.
     reason: str = ""
+    # The operator wants it empty: it takes no requests, and those it has are moved away.
+    draining: bool = False
     report: WorkerReport | None = None
     reported_at: float = 0.0
     # Prompt tokens of requests dispatched here that no report has shown yet.
@@ -111,9 +113,25 @@ class ClusterState:
         self.migrations_cancelled: Counter[str] = Counter()
         self.started_at = time.monotonic()
 
-    def with_role(self, role: str) -> list[WorkerView]:
-        """The serving workers of a role."""
+    def ready(self, role: str) -> list[WorkerView]:
+        """The serving workers of a role, draining ones too."""
         return [w for w in self.workers.values() if w.role == role and w.state == READY]
+
+    def with_role(self, role: str) -> list[WorkerView]:
+        """The workers of a role that may be given requests."""
+        return [w for w in self.ready(role) if not w.draining]
+
+    def operating_state(self, view: WorkerView) -> str:
+        """The state an operator sees."""
+        if view.state != READY or not view.draining:
+            return view.state
+        decode = view.role == DECODE
+        holds = (
+            any(o.decode == view.worker_id for o in self.owners.values())
+            if decode
+            else (view.load().running + view.load().queued > 0)
+        )
+        return "draining" if holds else "drained"
 
     def loads(self, role: str) -> list[WorkerLoad]:
         """The loads of a role's workers, for a policy. What is on the move counts where it goes,
@@ -241,7 +259,7 @@ class ClusterState:
         status: dict[str, Any] = {
             "id": view.worker_id,
             "role": view.role,
-            "state": view.state,
+            "state": self.operating_state(view),
             "restarts": view.incarnation,
             "pids": view.pids,
             "running": load.running,
@@ -266,7 +284,7 @@ class ClusterState:
     def requests(self) -> list[dict[str, Any]]:
         """The body of ``GET /ares/requests``: live requests, where and how large they are."""
         now = time.monotonic()
-        tokens = {r.rid: r.tokens for w in self.with_role(DECODE) for r in w.load().requests}
+        tokens = {r.rid: r.tokens for w in self.ready(DECODE) for r in w.load().requests}
         return [
             {
                 "rid": owner.rid,

@@ -17,7 +17,13 @@ from sglang.srt.managers.data_parallel_controller import (
     DataParallelController,
     run_data_parallel_controller_process,
 )
-from sglang.srt.managers.io_struct import AbortReq, sock_recv, sock_send
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    ActiveRanksOutput,
+    ShutdownReq,
+    sock_recv,
+    sock_send,
+)
 from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
@@ -38,6 +44,7 @@ from sglang_ares.srt.managers.io_struct import (
     ConnectPeers,
     ControllerInbound,
     Decoder,
+    DrainQuery,
     EmittedTokens,
     FaultQuery,
     FaultReached,
@@ -70,6 +77,7 @@ from sglang_ares.srt.managers.runtime_dir import (
 from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
+from sglang_ares.srt.policy.draining import drain_moves
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
@@ -178,6 +186,7 @@ class AresController(DataParallelController):
         # Queries of the front that wait for a migration's outcome: (identity, query id).
         self._waiting: dict[int, tuple[bytes, int]] = {}
         self._seeds = SampleSeeds()
+        self._leaving = False
         self._faults_struck: list[dict[str, Any]] = []
         self.dropped_frames = 0
         self.metrics = ControllerMetrics.create(self.server_args)
@@ -291,7 +300,11 @@ class AresController(DataParallelController):
         self._active_workers = [w for w in self._active_workers if w != worker_id]
         self._mailbox.disconnect(str(worker_id))
         self.workers[worker_id].close(linger=0)
+        self._tell_front_who_serves()
         self.metrics.worker_lost(worker_id, self.state.workers[worker_id].role)
+
+    def _tell_front_who_serves(self) -> None:
+        sock_send(self._to_tokenizer, ActiveRanksOutput(status=list(self.status)))
 
     def on_worker_dead(self, worker_id: int) -> None:
         """A worker's processes are gone."""
@@ -312,6 +325,7 @@ class AresController(DataParallelController):
         self.status[worker_id] = True
         self._active_workers = sorted({*self._active_workers, worker_id})
         self._introduce_workers()
+        self._tell_front_who_serves()
         self.recovery.dispatch_parked()
 
     def fence(self, request: FenceRequests) -> None:
@@ -369,6 +383,18 @@ class AresController(DataParallelController):
             else:
                 logger.error("the policy planned an impossible move: %s", move)
 
+    def empty_draining_workers(self) -> None:
+        """Move what is left on draining decode workers to the others."""
+        for view in self.state.ready(DECODE):
+            if not view.draining:
+                continue
+            moving = frozenset(m.rid for m in self.state.moving.values())
+            underway = sum(m.source == view.worker_id for m in self.state.moving.values())
+            most = max(0, self.ares_args.max_migrations_per_worker - underway)
+            limits = msgspec.structs.replace(self._limits, max_moves=most)
+            for move in drain_moves(view.load(moving), self.state.loads(DECODE), limits):
+                self.start_migration(move.rid, move.source, move.target)
+
     def _on_worker_message(self, frame: bytes) -> None:
         message = self._decode(self._from_workers, frame)
         if isinstance(message, Heartbeat):
@@ -387,6 +413,7 @@ class AresController(DataParallelController):
             self.state.note_adopted(message)
         elif isinstance(message, WorkerReport):
             self.state.note_report(message)
+            self.empty_draining_workers()
             self.metrics.reported(message)
         elif isinstance(message, MigrationResult):
             if self.state.note_migration_result(message):
@@ -440,8 +467,21 @@ class AresController(DataParallelController):
             self._reply(identity, query.query_id, 200, self.state.requests())
         elif isinstance(query, MigrateQuery):
             self._on_migrate_query(identity, query)
+        elif isinstance(query, DrainQuery):
+            self._reply(identity, query.query_id, *self._on_drain_query(query))
         elif isinstance(query, FaultQuery):
             self._reply(identity, query.query_id, *self._on_fault_query(query))
+
+    def _on_drain_query(self, query: DrainQuery) -> tuple[int, Any]:
+        view = self.state.workers.get(query.worker_id)
+        if view is None:
+            return 404, {"reason": f"there is no worker {query.worker_id}"}
+        others = [w for w in self.state.with_role(view.role) if w is not view]
+        if query.drain and not others:
+            return 409, {"reason": f"worker {view.worker_id} is the last {view.role} worker in use"}
+        view.draining = query.drain
+        self.empty_draining_workers()
+        return 200, {"worker": view.worker_id, "state": self.state.operating_state(view)}
 
     def _on_fault_query(self, query: FaultQuery) -> tuple[int, Any]:
         if not self.ares_args.fault_injection:
@@ -513,7 +553,8 @@ class AresController(DataParallelController):
             for frame in self._mailbox.drain():
                 self._on_worker_message(frame)
             self._serve_front()
-            self.supervisor.tick(time.monotonic())
+            if not self._leaving:
+                self.supervisor.tick(time.monotonic())
             self._reschedule_when_due()
 
     def _poller(self, sentinels: set[int]) -> zmq.Poller:
@@ -530,6 +571,9 @@ class AresController(DataParallelController):
                 return
             if isinstance(received, AbortReq):
                 self._aborts(received)
+            elif isinstance(received, ShutdownReq):
+                self._leaving = True  # workers that end now are not to be started anew
+                self.send_control_message(received)
             else:
                 self._request_dispatcher(received)
 

@@ -325,6 +325,14 @@ class MigrateQuery(Message, frozen=True, kw_only=True):
     target: int
 
 
+class DrainQuery(Message, frozen=True, kw_only=True):
+    """Empty a worker and give it no further requests, or (``drain`` false) use it again."""
+
+    query_id: int
+    worker_id: int
+    drain: bool
+
+
 class FaultQuery(Message, frozen=True, kw_only=True):
     """Inject a fault on a worker, or (no worker) ask which have struck."""
 
@@ -372,7 +380,7 @@ ControllerInbound = (
     | Fenced
 )
 LedgerInbound = FenceRequests
-FrontInbound = StatusQuery | RequestsQuery | MigrateQuery | FaultQuery
+FrontInbound = StatusQuery | RequestsQuery | MigrateQuery | DrainQuery | FaultQuery
 
 _encoder = msgspec.msgpack.Encoder()
 
