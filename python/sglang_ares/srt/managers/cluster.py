@@ -77,7 +77,9 @@ class WorkerCluster:
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
         ports = _free_ports(len(roles))
         for worker_id, (role, port) in enumerate(zip(roles, ports, strict=True)):
-            worker_args = worker_server_args(server_args, role, worker_id, port)
+            worker_args = worker_server_args(
+                server_args, role, worker_id, port, ares_args.decode_radix_cache == "on"
+            )
             spec = WorkerSpec(
                 worker_id=worker_id,
                 role=role,
@@ -90,6 +92,11 @@ class WorkerCluster:
                 limits=MigrationLimits(
                     timeout_s=ares_args.migration_timeout,
                     max_inbound=ares_args.max_migrations_per_worker,
+                    max_outbound=ares_args.max_migrations_per_worker,
+                    chunk_tokens=ares_args.migration_chunk_tokens,
+                    bandwidth_mb_s=ares_args.migration_bandwidth,
+                    memory_share=ares_args.migration_memory_share,
+                    live_copy=ares_args.migration_copy == "live",
                 ),
                 seeded_sampling=worker_args.sampling_backend == "pytorch",
                 cluster_size=len(roles),
@@ -167,7 +174,11 @@ class WorkerCluster:
 
 
 def worker_server_args(
-    server_args: ServerArgs, role: str, worker_id: int, bootstrap_port: int
+    server_args: ServerArgs,
+    role: str,
+    worker_id: int,
+    bootstrap_port: int,
+    decode_radix_cache: bool = True,
 ) -> ServerArgs:
     """The operator's server arguments, set to one worker's role; not resolved yet."""
     fields = msgspec.structs.asdict(server_args)
@@ -182,6 +193,9 @@ def worker_server_args(
         nccl_port=None,
         dist_init_addr=None,
     )
+    if role == DECODE and decode_radix_cache and not server_args.disable_radix_cache:
+        # Upstream's default is off; less is sent to where a request's prefix is already.
+        fields["disaggregation_decode_enable_radix_cache"] = True
     if role == PREFILL:
         fields["disaggregation_decode_retraction_backup"] = _declared_default(
             server_args, "disaggregation_decode_retraction_backup"

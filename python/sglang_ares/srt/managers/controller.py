@@ -234,6 +234,8 @@ class AresController(DataParallelController):
             "source": result.source,
             "target": result.target,
             "tokens": result.tokens,
+            "tokens_sent": result.tokens_sent,
+            "tokens_saved": result.tokens_saved,
             "kv_bytes": result.kv_bytes,
             "duration_ms": 1e3 * result.duration_s,
         }
