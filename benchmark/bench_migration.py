@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import signal
 import sys
 from collections import defaultdict
 from dataclasses import asdict
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("build/migration.json"))
     parser.add_argument("--plot", type=Path, default=Path("build/migration_pause.png"))
     options, options.server_flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     build = options.json.parent
     build.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = {

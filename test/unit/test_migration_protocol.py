@@ -1036,6 +1036,11 @@ def run_schedule(
             assert rid in world.aborts
     for worker in world.workers:
         assert not worker.manager._building, "a build is still expected"
+    for result in world.results:
+        if result.outcome == COMPLETED:
+            assert result.tokens_sent + result.tokens_saved == result.tokens, result
+        else:
+            assert result.tokens_saved == 0, result
     return world
 
 

@@ -15,7 +15,7 @@ from sglang_ares.srt.disaggregation.migration import (
     MigrationLimits,
     TargetState,
 )
-from sglang_ares.srt.disaggregation.request_state import restore
+from sglang_ares.srt.disaggregation.request_state import replay, restore, unpack_ids
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancelled,
@@ -123,6 +123,8 @@ class TargetMigration:
         self._receiver: Any = None
         self._metadata_slot: int | None = None
         self._prefix_tokens = 0
+        # Output tokens that the request's grammar has seen.
+        self._replayed = 0
         self._commit: Commit | None = None
         self._kv_complete = False
         self._aborted_by_client = False
@@ -223,6 +225,10 @@ class TargetMigration:
 
     def _open_for_kv(self, now: float) -> None:
         assert self._req is not None
+        # Now, while the source decodes on, rather than in the pause.
+        output = unpack_ids(self._offer.output_ids)
+        replay(self._req, output)
+        self._replayed = len(output)
         reserved = self._offer.tokens + self._offer.headroom
         self._receiver.send_metadata(
             self._host.link.pages(self._req, self._prefix_tokens, reserved),
@@ -248,7 +254,7 @@ class TargetMigration:
         if arrived != self.record.room:
             self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
             return
-        restore(self._req, self._commit.state)
+        restore(self._req, self._commit.state, self._replayed)
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
         self._close_receiver()
