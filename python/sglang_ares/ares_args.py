@@ -49,7 +49,31 @@ class AresArgs:
         128, "No move while the resident tokens of two workers differ by less than this."
     )
     max_migrations_per_worker: int = _flag(
-        8, "Most migrations that run at once into one worker; more are refused."
+        8, "Most migrations that run at once into one worker, and out of one; more are refused."
+    )
+    migration_bandwidth: float = _flag(
+        0.0,
+        "Most 10^6 bytes of KV per second that one worker sends for migrations; 0: no limit.",
+        metavar="MB/S",
+    )
+    migration_chunk_tokens: int = _flag(
+        2048, "Most tokens whose KV a migration sends in one piece while the request decodes."
+    )
+    migration_memory_share: float = _flag(
+        0.5,
+        "Largest share of a worker's KV memory that migrations into it may hold reserved; "
+        "more are refused.",
+    )
+    migration_copy: str = _flag(
+        "live",
+        "Copy KV while the request decodes, or only once it has stopped (for measurements).",
+        choices=("live", "stopped"),
+    )
+    decode_radix_cache: str = _flag(
+        "on",
+        "Whether decode workers keep the KV of ended and moved requests for later ones "
+        "(--disable-radix-cache turns it off too).",
+        choices=("on", "off"),
     )
     migration_timeout: float = _flag(
         10.0,
@@ -85,6 +109,7 @@ class AresArgs:
             ("max_attempts", 0),
             ("max_migrations_per_worker", 1),
             ("min_gap_tokens", 0),
+            ("migration_chunk_tokens", 1),
         ):
             value = getattr(self, name)
             if value < least:
@@ -106,15 +131,25 @@ class AresArgs:
             value = getattr(self, name)
             if not value > 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
-        for name in ("reschedule_threshold", "move_cooldown"):
+        for name in ("reschedule_threshold", "move_cooldown", "migration_bandwidth"):
             value = getattr(self, name)
             if not value >= 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
-        for name, registry in (("placement", PLACEMENT), ("rescheduling", RESCHEDULING)):
+        if not 0 < self.migration_memory_share <= 1:
+            raise AresArgsError(
+                f"--ares-migration-memory-share is {self.migration_memory_share}; "
+                "it must be above 0 and at most 1."
+            )
+        for name, choices in (
+            ("placement", PLACEMENT.names()),
+            ("rescheduling", RESCHEDULING.names()),
+            ("migration_copy", ("live", "stopped")),
+            ("decode_radix_cache", ("on", "off")),
+        ):
             value = getattr(self, name)
-            if value not in registry.names():
+            if value not in choices:
                 raise AresArgsError(
-                    f"{flag_name(name)} is {value!r}; choose one of: {', '.join(registry.names())}."
+                    f"{flag_name(name)} is {value!r}; choose one of: {', '.join(choices)}."
                 )
 
     @property

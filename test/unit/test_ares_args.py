@@ -46,6 +46,9 @@ def test_defaults_on_the_command_line_are_those_of_the_class() -> None:
 OTHER_VALUES: dict[str, Any] = {
     "placement": "round_robin",
     "rescheduling": "none",
+    "migration_memory_share": 0.25,
+    "migration_copy": "stopped",
+    "decode_radix_cache": "off",
 }
 
 
@@ -107,6 +110,13 @@ def test_choices_come_from_the_registries() -> None:
         ("reschedule_threshold", float("nan"), "must"),
         ("move_cooldown", -1.0, "must not be negative"),
         ("move_cooldown", float("nan"), "must"),
+        ("migration_bandwidth", -1.0, "must not be negative"),
+        ("migration_chunk_tokens", 0, "at least 1"),
+        ("migration_memory_share", 0.0, "above 0 and at most 1"),
+        ("migration_memory_share", 1.1, "above 0 and at most 1"),
+        ("migration_memory_share", float("nan"), "above 0 and at most 1"),
+        ("migration_copy", "later", "choose one of: live, stopped"),
+        ("decode_radix_cache", "maybe", "choose one of: on, off"),
         ("placement", "best", "choose one of: "),
         ("rescheduling", "best", "choose one of: "),
     ],

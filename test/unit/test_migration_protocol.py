@@ -7,6 +7,7 @@ a byte moves and freed at the end, no state without an end.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from sglang.srt.disaggregation.base.conn import KVPoll
 
-from sglang_ares.srt.disaggregation.kv_link import CopyProgress, KvLink
+from sglang_ares.srt.disaggregation.kv_link import ChunkCounter, CopyProgress, KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationHost
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
@@ -48,9 +49,22 @@ from sglang_ares.srt.managers.io_struct import (
     TransferFailed,
     WorkerInbound,
 )
-from unit.migration_world import Link, Receiver, Sender, Transfer, Worker, World
+from unit.migration_world import (
+    DEFAULT_LIMITS,
+    Link,
+    Receiver,
+    Sender,
+    Transfer,
+    Worker,
+    World,
+)
 
 # --- helpers --------------------------------------------------------------------------------
+
+
+def limits(**changes: Any) -> MigrationLimits:
+    """The world's limits, changed."""
+    return replace(DEFAULT_LIMITS, **changes)
 
 
 def source_of(world: World, migration_id: int, worker: int = 0) -> Any:
@@ -881,15 +895,20 @@ def test_a_second_offer_while_the_first_is_still_building() -> None:
 # --- progress of a copy ---------------------------------------------------------------------
 
 
-def test_copy_progress_counts_what_was_taken_up() -> None:
-    counts: dict[int, int] = {}
+def test_copy_progress_waits_for_every_chunk_sent() -> None:
+    counts = ChunkCounter()
     progress = CopyProgress(SimpleNamespace(_staging_outstanding=counts), 5)
-    assert progress.poll() == KVPoll.Transferring, "nothing was taken up yet"
-    assert progress.drained()
-    counts[5] = 1
-    assert progress.poll() == KVPoll.Transferring and not progress.drained()
-    counts[5] = 0
-    assert progress.poll() == KVPoll.Success and progress.drained()
+    assert progress.poll() == KVPoll.Success, "nothing was sent yet"
+    for _ in range(3):
+        progress.chunk_sent()
+        assert progress.poll() == KVPoll.Transferring, "not taken up yet"
+        assert progress.drained()
+        counts[5] += 1
+        assert progress.poll() == KVPoll.Transferring and not progress.drained()
+        counts[5] -= 1
+        assert progress.poll() == KVPoll.Success and progress.drained()
+    progress.close()
+    assert not counts.finished
     assert CopyProgress(object(), 5).poll() == KVPoll.Success, "a backend that does not count"
     assert CopyProgress(object(), 5).drained()
 
@@ -921,6 +940,18 @@ WORLDS = st.fixed_dictionaries(
         "slow_builds": st.booleans(),
         "prefix_tokens": st.sampled_from([0, 0, 6]),
         "budget": st.sampled_from([600, 600, 80]),
+        "limits": st.sampled_from(
+            [
+                None,
+                None,
+                limits(chunk_tokens=3),
+                limits(chunk_tokens=4, bandwidth_mb_s=0.5),
+                limits(bandwidth_mb_s=0.02, max_outbound=1),
+                limits(memory_share=0.04),
+                limits(live_copy=False),
+            ]
+        ),
+        "texts": st.sampled_from([1, 3]),
     }
 )
 REQUESTS = st.lists(
@@ -975,10 +1006,17 @@ def run_schedule(
     world_args: dict[str, Any], requests: list[tuple[int, int]], schedule: bytes
 ) -> World:
     """Perform a schedule, let everything arrive, decode to the end; all invariants hold."""
+    texts = world_args.pop("texts", 3)
     world = World(**world_args)
     rids = [f"r{i}" for i in range(len(requests))]
     for i, (rid, (prompt, max_new)) in enumerate(zip(rids, requests)):
-        world.submit(rid, worker=i % world.worker_count, prompt=prompt, max_new=max_new)
+        world.submit(
+            rid,
+            worker=i % world.worker_count,
+            prompt=prompt,
+            max_new=max_new,
+            text=f"text {i % texts}",
+        )
     for kind, operand in zip(schedule[::2], schedule[1::2]):
         perform(world, KINDS[kind % len(KINDS)], operand, rids)
         world.check()
@@ -998,6 +1036,11 @@ def run_schedule(
             assert rid in world.aborts
     for worker in world.workers:
         assert not worker.manager._building, "a build is still expected"
+    for result in world.results:
+        if result.outcome == COMPLETED:
+            assert result.tokens_sent + result.tokens_saved == result.tokens, result
+        else:
+            assert result.tokens_saved == 0, result
     return world
 
 

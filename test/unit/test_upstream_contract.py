@@ -183,9 +183,20 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("mem_cache.allocator", "PagedTokenToKVPoolAllocator", (), "platforms/cpu.py"),
     ("mem_cache.memory_pool", "MHATokenToKVPool", (), "platforms/cpu.py"),
     ("mem_cache.base_prefix_cache", "BasePrefixCache.evictable_size", (), "worker_agent.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.protected_size", (), "worker_agent.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.unpin", ("req",), "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.inc_lock_ref", ("node",),
+     "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "IncLockRefResult.to_dec_params", (), "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "MatchResult", ("device_indices", "last_device_node"),
+     "migration_host.py"),
+    ("managers.schedule_policy", "match_prefix_for_req",
+     ("tree_cache", "req", "token_ids", "include_req"), "migration_host.py"),
+    ("runtime_context", "get_disagg", (), "migration_host.py"),
     ("configs.model_config", "ModelConfig.get_total_num_kv_heads", (), "kv_link.py"),
     # --- KV transfer -------------------------------------------------------------------------
-    ("disaggregation.decode", "DecodePreallocQueue._pre_alloc", ("req",), "migration_host.py"),
+    ("disaggregation.decode", "DecodePreallocQueue._pre_alloc",
+     ("req", "prefix_indices", "prefix_len"), "migration_host.py"),
     ("disaggregation.decode", "DecodePreallocQueue._allocatable_token_budgets",
      ("count_retracted", "extra_reserved_reqs"), "migration_host.py"),
     ("disaggregation.decode", "DecodeTransferQueue", (), "scheduler.py"),
@@ -359,6 +370,10 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self.grammar_manager": ("constrained.grammar_manager.GrammarManager",),
     "scheduler.model_config": ("configs.model_config.ModelConfig",),
     "scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "tree": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "self._scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "match": ("mem_cache.base_prefix_cache.MatchResult",),
+    "lock": ("mem_cache.base_prefix_cache.IncLockRefResult",),
     "scheduler.req_to_token_pool": (ROWS,),
     "self._scheduler.req_to_token_pool": (ROWS,),
     "scheduler.token_to_kv_pool_allocator": (ALLOCATOR,),
@@ -391,6 +406,7 @@ HOLDS: dict[str, tuple[str, ...]] = {
 BAGS = {
     "get_parallel()": "arg_groups.fields.parallel",
     "get_observability()": "arg_groups.fields.observability",
+    "get_disagg()": "arg_groups.fields.disagg",
 }
 # Expressions that start like one of the above and hold something of ours or of Python.
 NOT_UPSTREAMS = {

@@ -7,6 +7,7 @@ adds a sending manager over the same registered pool, and the page arithmetic bo
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,9 +49,14 @@ class KvLink:
         self._send_manager = get_kv_class(self._backend, KVClassType.MANAGER)(
             args, DisaggregationMode.PREFILL, scheduler.server_args, queue.is_mla_backend
         )
+        self._chunks = ChunkCounter()
+        if hasattr(self._send_manager, "_staging_outstanding"):
+            self._send_manager._staging_outstanding = self._chunks
         self._sender_class = get_kv_class(self._backend, KVClassType.SENDER)
         self._receiver_class = get_kv_class(self._backend, KVClassType.RECEIVER)
         self.page_size: int = scheduler.token_to_kv_pool_allocator.page_size
+        # Bytes of one page over all layers, this rank's share.
+        self.page_bytes = int(sum(args.kv_item_lens))
 
     def connect(self, bootstrap_host: str, bootstrap_port: int) -> bool:
         """Learn a peer's layout now, so that the first migration need not."""
@@ -104,24 +110,48 @@ class KvLink:
         return int(sender.get_transfer_metric().transfer_total_bytes or 0)
 
 
+class ChunkCounter(defaultdict[int, int]):
+    """Upstream's count of chunks, by room, that its transfer threads have taken up and not
+    finished; here it also remembers how many were finished."""
+
+    def __init__(self) -> None:
+        super().__init__(int)
+        self.finished: dict[int, int] = {}
+
+    def __setitem__(self, room: int, count: int) -> None:
+        if count < self.get(room, 0):
+            self.finished[room] = self.finished.get(room, 0) + 1
+        super().__setitem__(room, count)
+
+
 class CopyProgress:
     """Whether the chunks of one room are through; pollable like a sender.
 
-    Upstream's managers count the chunks they have taken up and not finished. A backend without
-    that count reports success at once; the hand-over then waits for the copy instead.
+    A backend that does not count its chunks reports success at once; the hand-over then waits for
+    the copy instead.
     """
 
     def __init__(self, manager: Any, room: int) -> None:
-        self._outstanding = getattr(manager, "_staging_outstanding", None)
+        outstanding = getattr(manager, "_staging_outstanding", None)
+        self._chunks = outstanding if isinstance(outstanding, ChunkCounter) else None
         self._room = room
+        self._sent = 0
+
+    def chunk_sent(self) -> None:
+        """One more chunk was handed to the sender."""
+        self._sent += 1
 
     def poll(self) -> int:
-        """Success when at least one chunk was taken up and none is under way."""
-        if self._outstanding is None:
+        """Success when every chunk sent has been finished."""
+        if self._chunks is None or self._chunks.finished.get(self._room, 0) >= self._sent:
             return int(KVPoll.Success)
-        through = self._room in self._outstanding and self._outstanding[self._room] <= 0
-        return int(KVPoll.Success if through else KVPoll.Transferring)
+        return int(KVPoll.Transferring)
 
     def drained(self) -> bool:
         """After an abort: no chunk of the room is being written any more."""
-        return self._outstanding is None or self._outstanding.get(self._room, 0) <= 0
+        return self._chunks is None or self._chunks.get(self._room, 0) <= 0
+
+    def close(self) -> None:
+        """The room is done with."""
+        if self._chunks is not None:
+            self._chunks.finished.pop(self._room, None)

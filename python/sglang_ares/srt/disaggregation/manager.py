@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang_ares.srt.disaggregation.budgets import BandwidthBudget, InboundMemory
 from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.migration import (
     REFUSED,
@@ -44,6 +45,8 @@ _REMEMBERED = 4096
 
 class MigrationHost(SourceHost, TargetHost, Protocol):
     """Both sides' demands on the scheduler, and the ones of the manager itself."""
+
+    kv_capacity: int
 
     def find_running(self, rid: str) -> tuple[Req, TokenizedGenerateReqInput] | None:
         """A request that decodes here, and what the front sent for it."""
@@ -84,6 +87,9 @@ class MigrationManager:
         # Messages to migrations that an injected fault holds.
         self._postponed: list[Message] = []
         self._limits = limits
+        pages_per_s = 1e6 * limits.bandwidth_mb_s / host.link.page_bytes
+        self._bandwidth = BandwidthBudget(pages_per_s)
+        self._memory = InboundMemory(int(limits.memory_share * host.kv_capacity))
         self._peers: dict[int, Peer] = {}
         self.outbound: dict[int, SourceMigration] = {}
         self.inbound: dict[int, TargetMigration] = {}
@@ -96,6 +102,11 @@ class MigrationManager:
     def active(self) -> bool:
         """Whether any memory or buffer is held for a migration."""
         return bool(self.outbound or self.inbound)
+
+    @property
+    def reserved_inbound(self) -> int:
+        """KV tokens that inbound migrations hold reserved."""
+        return self._memory.held_tokens
 
     def is_moving(self, rid: str) -> bool:
         """Whether the request is on its way out."""
@@ -171,7 +182,8 @@ class MigrationManager:
         """Begin a migration, or report at once why not."""
         found = self._host.find_running(command.rid)
         reason = self._why_not(command, found)
-        if reason is not None or found is None:
+        headroom = self._headroom(found[0]) if found is not None else None
+        if reason is not None or found is None or headroom is None:
             self._report(
                 MigrationResult(
                     migration_id=command.migration_id,
@@ -179,21 +191,20 @@ class MigrationManager:
                     source=self._host.worker_id,
                     target=command.target,
                     outcome=REFUSED,
-                    reason=reason or "not running",
+                    reason=reason or "bandwidth budget used up",
                     tokens=0,
+                    tokens_sent=0,
+                    tokens_saved=0,
                     kv_bytes=0,
                     duration_s=0.0,
                 )
             )
             return
         req, recv_req = found
-        headroom = min(
-            self._limits.headroom_tokens,
-            req.sampling_params.max_new_tokens - len(req.output_ids) + 2,
-        )
         migration = SourceMigration(
             self._host,
             self._limits,
+            self._bandwidth,
             command.migration_id,
             command.target,
             req,
@@ -204,6 +215,24 @@ class MigrationManager:
         migration.faults = self._faults
         self.outbound[command.migration_id] = migration
         self._expose("source", migration.record)
+
+    def _headroom(self, req: Req) -> int | None:
+        """How many tokens the request may write while it is copied: one a step, and every chunk
+        takes a step or two, and the bandwidth budget more, for it and for those before it. None
+        if at this rate the copy would never catch up with the requests on their way out."""
+        tokens = req.kv.kv_committed_len
+        headroom = self._limits.headroom_tokens + 2 * (tokens // self._limits.chunk_tokens)
+        step_s = self._host.decode_step_s()
+        if step_s > 0:
+            page = self._host.link.page_size
+            others = [m for m in self.outbound.values() if not m.record.final]
+            queued = tokens + sum(m.tokens_to_send for m in others)
+            growth = (len(others) + 1) / step_s
+            seconds = self._bandwidth.seconds_for(queued / page, growth / page)
+            if seconds is None:
+                return None
+            headroom += int(seconds / step_s)
+        return min(headroom, req.sampling_params.max_new_tokens - len(req.output_ids) + 2)
 
     def _why_not(
         self,
@@ -218,6 +247,8 @@ class MigrationManager:
             return "not running"
         if self.is_moving(command.rid):
             return "already moving"
+        if sum(not m.record.final for m in self.outbound.values()) >= self._limits.max_outbound:
+            return "too many migrations outbound"
         return self._host.immovable(*found)
 
     def handle(self, message: Message, now: float) -> None:
@@ -237,7 +268,7 @@ class MigrationManager:
         if source is None or offer.migration_id in self.inbound:
             logger.warning("dropped an offer of worker %d: unknown, or repeated", offer.source)
             return
-        migration = TargetMigration(self._host, self._limits, offer, source, now)
+        migration = TargetMigration(self._host, self._limits, self._memory, offer, source, now)
         self.inbound[offer.migration_id] = migration
         self._expose("target", migration.record)
         self._building[offer.room] = migration
@@ -371,6 +402,8 @@ class MigrationManager:
                 outcome=record.outcome,
                 reason=record.reason,
                 tokens=record.tokens,
+                tokens_sent=record.tokens_sent,
+                tokens_saved=record.tokens_saved,
                 kv_bytes=migration.kv_bytes,
                 duration_s=now - record.started_at,
             )
@@ -379,12 +412,15 @@ class MigrationManager:
     def _report(self, result: MigrationResult) -> None:
         """One line in the log, and the controller."""
         logger.info(
-            "migration %d rid=%s from=%d to=%d tokens=%d bytes=%d ms=%.1f outcome=%s%s",
+            "migration %d rid=%s from=%d to=%d tokens=%d sent=%d saved=%d bytes=%d ms=%.1f "
+            "outcome=%s%s",
             result.migration_id,
             result.rid,
             result.source,
             result.target,
             result.tokens,
+            result.tokens_sent,
+            result.tokens_saved,
             result.kv_bytes,
             1e3 * result.duration_s,
             result.outcome,

@@ -94,19 +94,33 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class MigrationLimits:
-    """``timeout_s``: longest stay in one state. ``headroom_tokens``: how far the request may
-    grow while it is copied. ``final_tokens``: hand over once at most this much is left to send.
+    """``timeout_s``: longest stay in one state, in COPYING without progress. ``headroom_tokens``:
+    how far the request may grow while it is copied, at least. ``final_tokens``: hand over once at
+    most this much is left to send. ``chunk_tokens``: most tokens sent in one piece.
+    ``max_inbound``, ``max_outbound``: most migrations at once. ``bandwidth_mb_s``: 10^6 bytes of KV
+    per second that a worker may send for migrations, 0 for any. ``memory_share``: largest share of
+    the KV pool that inbound migrations may hold reserved. ``live_copy``: copy while the request
+    decodes; without, it stops first (for measurements).
     """
 
     timeout_s: float
     headroom_tokens: int = 64
     final_tokens: int = 16
+    chunk_tokens: int = 2048
     max_inbound: int = 8
+    max_outbound: int = 8
+    bandwidth_mb_s: float = 0.0
+    memory_share: float = 0.5
+    live_copy: bool = True
 
 
 @dataclass
 class Migration:
-    """One move as one side sees it. Times are that side's monotonic seconds."""
+    """One move as one side sees it. Times are that side's monotonic seconds.
+
+    ``tokens``: what the request holds; of these, ``tokens_sent`` went over and ``tokens_saved``
+    were in the target's cache already.
+    """
 
     migration_id: int
     rid: str
@@ -117,6 +131,8 @@ class Migration:
     state: SourceState | TargetState
     deadline: float
     tokens: int = 0
+    tokens_sent: int = 0
+    tokens_saved: int = 0
     outcome: str = ""
     reason: str = ""
     history: list[str] = field(default_factory=list)
@@ -145,6 +161,10 @@ class Migration:
         )
         self.history.append(state.value)
         self.state = state
+        self.extend_deadline(now, timeout_s)
+
+    def extend_deadline(self, now: float, timeout_s: float) -> None:
+        """There was progress within the state."""
         self.deadline = now + timeout_s
         if self.on_enter is not None:
             self.on_enter(self)

@@ -9,6 +9,7 @@ the grammar by replaying the output, the penalties from the output's token count
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -171,8 +172,16 @@ def capture(req: Req) -> RequestState:
     )
 
 
-def restore(req: Req, state: RequestState) -> None:
-    """Put ``state`` on a request that was built from its specification."""
+def replay(req: Req, output_ids: Sequence[int]) -> None:
+    """Bring the request's grammar past these tokens of its output."""
+    if req.grammar is not None:
+        for token in output_ids:
+            req.grammar.accept_token(token)
+
+
+def restore(req: Req, state: RequestState, replayed: int = 0) -> None:
+    """Put ``state`` on a request that was built from its specification, and whose grammar has seen
+    the first ``replayed`` tokens of the output."""
     req.output_ids = unpack_ids(state.output_ids)
     for name in _PLAIN_ATTRIBUTES:
         setattr(req, name, state.plain[name])
@@ -183,9 +192,7 @@ def restore(req: Req, state: RequestState) -> None:
         )
     for name, values in state.logprobs.items():
         setattr(req.logprob, name, values)
-    if req.grammar is not None:
-        for token in req.output_ids:
-            req.grammar.accept_token(token)
+    replay(req, req.output_ids[replayed:])
     # Upstream adds a cached prefix to `cached_tokens` unless it was counted already.
     req.already_computed = req.seqlen
     req.pd_rebootstrap_in_progress = False

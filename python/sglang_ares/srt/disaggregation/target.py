@@ -15,7 +15,7 @@ from sglang_ares.srt.disaggregation.migration import (
     MigrationLimits,
     TargetState,
 )
-from sglang_ares.srt.disaggregation.request_state import restore
+from sglang_ares.srt.disaggregation.request_state import replay, restore, unpack_ids
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancelled,
@@ -31,6 +31,7 @@ from sglang_ares.srt.managers.io_struct import (
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ares.srt.disaggregation.budgets import InboundMemory
     from sglang_ares.srt.disaggregation.kv_link import KvLink
 
 
@@ -48,8 +49,17 @@ class TargetHost(Protocol):
         """Build the request; ``on_built`` is called when it (and its grammar) is ready."""
         ...
 
-    def reserve(self, req: Req, offer: Offer) -> int | None:
-        """Allocate KV for the request's tokens and headroom; tokens already here, or None."""
+    def lock_prefix(self, req: Req, offer: Offer) -> int:
+        """Find the request's first tokens in the prefix cache and keep them there; how many, in
+        whole pages, and fewer than it has: at least one token is left to send."""
+        ...
+
+    def unlock_prefix(self, req: Req) -> None:
+        """Let go of what :meth:`lock_prefix` found."""
+        ...
+
+    def reserve(self, req: Req, offer: Offer) -> bool:
+        """Allocate KV for the request's further tokens and headroom, if there is enough."""
         ...
 
     def trim(self, req: Req, tokens: int) -> None:
@@ -57,7 +67,7 @@ class TargetHost(Protocol):
         ...
 
     def unreserve(self, req: Req) -> None:
-        """Free all reserved KV."""
+        """Free all reserved KV, and let go of the prefix."""
         ...
 
     def alloc_metadata(self) -> int | None:
@@ -88,12 +98,14 @@ class TargetMigration:
         self,
         host: TargetHost,
         limits: MigrationLimits,
+        memory: InboundMemory,
         offer: Offer,
         source: Peer,
         now: float,
     ) -> None:
         self._host = host
         self._limits = limits
+        self._memory = memory
         self._offer = offer
         self._source = source
         self.record = Migration(
@@ -111,6 +123,8 @@ class TargetMigration:
         self._receiver: Any = None
         self._metadata_slot: int | None = None
         self._prefix_tokens = 0
+        # Output tokens that the request's grammar has seen.
+        self._replayed = 0
         self._commit: Commit | None = None
         self._kv_complete = False
         self._aborted_by_client = False
@@ -141,14 +155,24 @@ class TargetMigration:
         if slot is None:
             self._refuse("no metadata slot", now)
             return
-        prefix = self._host.reserve(req, self._offer)
-        if prefix is None:
+        prefix = self._host.lock_prefix(req, self._offer)
+        link = self._host.link
+        wanted = self._offer.tokens + self._offer.headroom - prefix
+        reserved = link.page_count(wanted) * link.page_size
+        reason = None
+        if not self._memory.admits(reserved):
+            reason = "memory share of inbound migrations used up"
+        elif not self._host.reserve(req, self._offer):
+            reason = "no KV memory"
+        if reason is not None:
+            self._host.unlock_prefix(req)
             self._host.free_metadata(slot)
-            self._refuse("no KV memory", now)
+            self._refuse(reason, now)
             return
+        self._memory.hold(self.record.migration_id, reserved)
         self._req = req
         self._metadata_slot = slot
-        self._prefix_tokens = prefix
+        self._prefix_tokens = self.record.tokens_saved = prefix
         self._receiver = self._host.link.open_receiver(
             self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
         )
@@ -209,6 +233,10 @@ class TargetMigration:
 
     def _open_for_kv(self, now: float) -> None:
         assert self._req is not None
+        # Now, while the source decodes on, rather than in the pause.
+        output = unpack_ids(self._offer.output_ids)
+        replay(self._req, output)
+        self._replayed = len(output)
         reserved = self._offer.tokens + self._offer.headroom
         self._receiver.send_metadata(
             self._host.link.pages(self._req, self._prefix_tokens, reserved),
@@ -234,7 +262,7 @@ class TargetMigration:
         if arrived != self.record.room:
             self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
             return
-        restore(self._req, self._commit.state)
+        restore(self._req, self._commit.state, self._replayed)
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
         self._close_receiver()
@@ -301,3 +329,5 @@ class TargetMigration:
 
     def _enter(self, state: TargetState, now: float) -> None:
         self.record.enter(state, now, self._limits.timeout_s)
+        if self.record.final:
+            self._memory.release(self.record.migration_id)

@@ -7,6 +7,7 @@ import multiprocessing as mp
 import random
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -102,11 +103,17 @@ class WorkerCluster:
         ]
 
     def _worker(
-        self, worker_id: int, role: str, ports: list[int], incarnation: int
+        self, worker_id: int, role: str, ports: Sequence[int], incarnation: int
     ) -> WorkerProcess:
         ares_args = self._ares_args
         port, nccl_port = ports
-        worker_args = worker_server_args(self._server_args, role, worker_id, port, nccl_port)
+        worker_args = worker_server_args(
+            self._server_args,
+            role,
+            worker_id,
+            (port, nccl_port),
+            ares_args.decode_radix_cache == "on",
+        )
         spec = WorkerSpec(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -115,12 +122,17 @@ class WorkerCluster:
             control_endpoint=worker_endpoint(self._runtime_dir, worker_id, incarnation),
             controller_endpoint=controller_endpoint(self._runtime_dir),
             bootstrap_host=_LOOPBACK,
-            bootstrap_port=port,
+            bootstrap_port=ports[0],
             report_interval_s=ares_args.report_interval,
             heartbeat_interval_s=min(1.0, ares_args.worker_timeout / 5),
             limits=MigrationLimits(
                 timeout_s=ares_args.migration_timeout,
                 max_inbound=ares_args.max_migrations_per_worker,
+                max_outbound=ares_args.max_migrations_per_worker,
+                chunk_tokens=ares_args.migration_chunk_tokens,
+                bandwidth_mb_s=ares_args.migration_bandwidth,
+                memory_share=ares_args.migration_memory_share,
+                live_copy=ares_args.migration_copy == "live",
             ),
             seeded_sampling=worker_args.sampling_backend == "pytorch",
             cluster_size=ares_args.total_workers,
@@ -214,9 +226,15 @@ def _died_while_starting(worker: WorkerProcess) -> WorkerStartError:
 
 
 def worker_server_args(
-    server_args: ServerArgs, role: str, worker_id: int, bootstrap_port: int, nccl_port: int
+    server_args: ServerArgs,
+    role: str,
+    worker_id: int,
+    ports: Sequence[int],
+    decode_radix_cache: bool = True,
 ) -> ServerArgs:
-    """The operator's server arguments, set to one worker's role; not resolved yet."""
+    """The operator's server arguments, set to one worker's role; not resolved yet. ``ports``: of
+    its KV bootstrap server, and of its ranks' rendezvous."""
+    bootstrap_port, nccl_port = ports
     fields = msgspec.structs.asdict(server_args)
     # On a CPU the "GPU id" is a NUMA node, and all workers share them.
     on_cpu = server_args.device == "cpu"
@@ -231,6 +249,9 @@ def worker_server_args(
         nccl_port=nccl_port,
         dist_init_addr=None,
     )
+    if role == DECODE and decode_radix_cache and not server_args.disable_radix_cache:
+        # Upstream's default is off; less is sent to where a request's prefix is already.
+        fields["disaggregation_decode_enable_radix_cache"] = True
     if role == PREFILL:
         fields["disaggregation_decode_retraction_backup"] = _declared_default(
             server_args, "disaggregation_decode_retraction_backup"

@@ -108,6 +108,8 @@ class ClusterState:
         self._left_target: set[str] = set()
         self.migrations_attempted = 0
         self.migrations_completed = 0
+        self.migration_tokens_sent = 0
+        self.migration_tokens_saved = 0
         self.migrations_refused: Counter[str] = Counter()
         self.migrations_failed: Counter[str] = Counter()
         self.migrations_cancelled: Counter[str] = Counter()
@@ -216,6 +218,8 @@ class ClusterState:
         """A migration ended; false if it was not known."""
         if self.moving.pop(result.migration_id, None) is None:
             return False
+        self.migration_tokens_sent += result.tokens_sent
+        self.migration_tokens_saved += result.tokens_saved
         left_target = result.rid in self._left_target
         self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
@@ -249,6 +253,8 @@ class ClusterState:
                 "failed": dict(self.migrations_failed),
                 "cancelled": dict(self.migrations_cancelled),
                 "in_flight": len(self.moving),
+                "tokens_sent": self.migration_tokens_sent,
+                "tokens_saved": self.migration_tokens_saved,
             },
             "requests": len(self.owners),
         }

@@ -433,6 +433,8 @@ class AresController(DataParallelController):
             "source": result.source,
             "target": result.target,
             "tokens": result.tokens,
+            "tokens_sent": result.tokens_sent,
+            "tokens_saved": result.tokens_saved,
             "kv_bytes": result.kv_bytes,
             "duration_ms": 1e3 * result.duration_s,
         }
@@ -448,6 +450,8 @@ class AresController(DataParallelController):
                 outcome="failed",
                 reason="source died",
                 tokens=0,
+                tokens_sent=0,
+                tokens_saved=0,
                 kv_bytes=0,
                 duration_s=0.0,
             )

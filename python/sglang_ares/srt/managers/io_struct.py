@@ -135,10 +135,12 @@ class PeerDiedAck(Message, frozen=True, kw_only=True):
 
 
 class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """What the integrity check compares: free slots, and KV tokens by owner."""
+    """What the integrity check compares: free slots, and KV tokens by owner. ``kv_cached`` of the
+    prefix cache can be evicted, ``kv_locked`` of it is in use by requests (0 when idle)."""
 
     kv_free: int
     kv_cached: int
+    kv_locked: int
     request_slots_free: int
     metadata_slots_free: int
     requests: int
@@ -166,7 +168,9 @@ class MigrationResult(Message, frozen=True, kw_only=True):
     """How a migration ended, told by its source.
 
     ``outcome``: completed, refused, failed or cancelled; ``reason`` says why unless completed.
-    ``duration_s``: from the command to the end. ``kv_bytes``: bytes of KV sent.
+    ``duration_s``: from the command to the end. ``tokens``: what the request held at the end;
+    ``tokens_sent``: those whose KV was sent, ``tokens_saved``: those the target's cache held
+    already (0 unless completed). ``kv_bytes``: bytes of KV sent, in whole pages.
     """
 
     migration_id: int
@@ -176,18 +180,22 @@ class MigrationResult(Message, frozen=True, kw_only=True):
     outcome: str
     reason: str
     tokens: int
+    tokens_sent: int
+    tokens_saved: int
     kv_bytes: int
     duration_s: float
 
 
 class Landed(Message, frozen=True, kw_only=True):
     """The target emitted its first token of a moved request ``blackout_s`` after the last one
-    of the source (wall clocks of both hosts)."""
+    of the source (wall clocks of both hosts); ``steps``: decode steps the target ended in that
+    time, the request's own included."""
 
     migration_id: int
     rid: str
     worker_id: int
     blackout_s: float
+    steps: int
 
 
 # --- worker -> worker -----------------------------------------------------------------------

@@ -10,7 +10,9 @@ from array import array
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_policy import match_prefix_for_req
 from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.runtime_context import get_disagg
 
 from sglang_ares.plugin import RESUMED_WITH_OUTPUT
 from sglang_ares.srt.disaggregation.kv_link import KvLink
@@ -34,6 +36,7 @@ class SchedulerMigrationHost:
         self._limits = limits
         self.link = link
         self.worker_id: int = scheduler.ares.worker_id
+        self.kv_capacity = int(scheduler.max_total_num_tokens)
         # Requests about to enter a batch with output they did not produce in it.
         self._resumed: list[Req] = []
 
@@ -93,7 +96,8 @@ class SchedulerMigrationHost:
         return entering
 
     def release(self, req: Req) -> None:
-        """Free the memory of a request that another worker owns now."""
+        """Free the memory of a request that another worker owns now; the prefix cache, where
+        there is one, keeps its tokens."""
         release_kv_cache(req, self._scheduler.tree_cache)
         self._scheduler.ares.forget_moved(req.rid)
 
@@ -145,6 +149,10 @@ class SchedulerMigrationHost:
 
     # --- memory -----------------------------------------------------------------------------
 
+    @property
+    def _caches_prefixes(self) -> bool:
+        return bool(get_disagg().disaggregation_decode_enable_radix_cache)
+
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker takes no further request now."""
         scheduler = self._scheduler
@@ -158,23 +166,46 @@ class SchedulerMigrationHost:
             return "no running slot"
         return None
 
-    def reserve(self, req: Req, offer: Offer) -> int | None:
-        """Allocate a row and KV for the request's tokens and its growth during the copy."""
+    def lock_prefix(self, req: Req, offer: Offer) -> int:
+        """Match the request's tokens, output included, as upstream's decode side matches prompts.
+
+        The key ends before the last token, so that a page is left for the source to send."""
+        tree = self._scheduler.tree_cache
+        if not self._caches_prefixes:
+            return 0
+        tokens = (req.origin_input_ids + unpack_ids(offer.output_ids))[: offer.tokens - 1]
+        match = match_prefix_for_req(tree, req, tokens, include_req=True)
+        lock = tree.inc_lock_ref(match.last_device_node)
+        req.lock_receipt = lock.to_dec_params()
+        req.kv.cache_protected_len = len(req.prefix_indices)
+        return req.kv.cache_protected_len
+
+    def unlock_prefix(self, req: Req) -> None:
+        """Let go of the matched prefix; the request is not to be used any further."""
+        if self._caches_prefixes:
+            self._scheduler.tree_cache.unpin(req)
+            req.last_node = None
+
+    def reserve(self, req: Req, offer: Offer) -> bool:
+        """Allocate a row, and KV behind the prefix for the request's tokens and its growth during
+        the copy. What can be evicted counts as free; what was matched no longer can be."""
         scheduler = self._scheduler
         queue = scheduler.disagg_decode_prealloc_queue
         if scheduler.req_to_token_pool.available_size() <= 0:
-            return None
+            return False
         budget = queue._allocatable_token_budgets(
             count_retracted=True, extra_reserved_reqs=len(scheduler.inbound_migrations())
         )
-        if self.link.page_count(offer.tokens + offer.headroom) * self.link.page_size > budget:
-            return None
+        prefix = req.kv.cache_protected_len
+        wanted = offer.tokens + offer.headroom
+        if self.link.page_count(wanted - prefix) * self.link.page_size > budget:
+            return False
         # Upstream sizes the allocation by the output; pad it to tokens + headroom.
-        output = unpack_ids(offer.output_ids)
-        req.output_ids = output[:-1] + array("q", [0]) * offer.headroom
+        output = unpack_ids(offer.output_ids) + array("q", [0]) * offer.headroom
+        req.output_ids = output[: wanted - len(req.origin_input_ids)]
         req.pd_rebootstrap_in_progress = True
-        queue._pre_alloc(req)
-        return 0
+        queue._pre_alloc(req, req.prefix_indices if prefix else None, prefix)
+        return True
 
     def trim(self, req: Req, tokens: int) -> None:
         """Free the reserved KV beyond ``tokens``."""
@@ -190,7 +221,7 @@ class SchedulerMigrationHost:
         req.full_untruncated_fill_ids = array("q")
 
     def unreserve(self, req: Req) -> None:
-        """Free all reserved KV."""
+        """Free all reserved KV, and let go of the prefix."""
         release_kv_cache(req, self._scheduler.tree_cache, is_insert=False)
 
     def alloc_metadata(self) -> int | None:
@@ -220,6 +251,10 @@ class SchedulerMigrationHost:
     def report(self, message: Message) -> None:
         """Tell the controller."""
         self._scheduler.ares.report(message)
+
+    def decode_step_s(self) -> float:
+        """How long a decode step took lately; 0 if there was none."""
+        return self._scheduler.ares.decode_step_s
 
     def wall_clock(self) -> float:
         """Seconds since the epoch."""

@@ -322,11 +322,12 @@ class AresScheduler(Scheduler):
             start.metadata_slots_free,
         )
         found = (here.kv_free + here.kv_cached, here.request_slots_free, here.metadata_slots_free)
-        if found != expected:
+        if found != expected or here.kv_locked:
             logger.error(
                 "integrity check failed on worker %d: (KV tokens, request slots, metadata slots) "
-                "are %s, were %s at start",
+                "are %s, were %s at start; %d KV tokens of the prefix cache are locked",
                 self.ares.worker_id,
                 found,
                 expected,
+                here.kv_locked,
             )

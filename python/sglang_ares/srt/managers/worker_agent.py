@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROLLER: Final = "controller"
+# Ends of decode steps kept to count those within a pause; weight of the newest step in the mean.
+_STEPS_REMEMBERED: Final = 256
+_STEP_WEIGHT: Final = 0.1
 
 # Rids remembered of requests that are gone.
 _REMEMBERED: Final = 8192
@@ -73,6 +76,9 @@ class WorkerAgent:
         self._decode_steps = 0
         self._decode_time_s = 0.0
         self._last_step_end: float | None = None
+        # Seconds of a decode step, recent ones weighing more; 0 before the first.
+        self.decode_step_s = 0.0
+        self._step_ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self.retracted = 0
         # Attempts that were declared void, and requests whose client has left.
         self._void: OrderedDict[str, None] = OrderedDict()
@@ -162,24 +168,42 @@ class WorkerAgent:
         """Note the step's duration, and the first tokens of landed requests."""
         if continuous and self._last_step_end is not None:
             self._decode_steps += 1
-            self._decode_time_s += now - self._last_step_end
+            took = now - self._last_step_end
+            self._decode_time_s += took
+            weight = _STEP_WEIGHT if self.decode_step_s else 1.0
+            self.decode_step_s += weight * (took - self.decode_step_s)
         self._last_step_end = now
+        self._step_ends.append(time.time())
         if not self._landings:
             return
         waiting = []
         for landing in self._landings:
             if len(landing.req.output_ids) > landing.output_tokens:
-                self.report(
-                    Landed(
-                        migration_id=landing.migration_id,
-                        rid=landing.req.rid,
-                        worker_id=self.worker_id,
-                        blackout_s=time.time() - landing.stopped_at,
-                    )
-                )
+                self._report_landed(landing)
             elif not landing.req.finished() and landing.req.rid in self.received:
                 waiting.append(landing)
         self._landings = waiting
+
+    def _report_landed(self, landing: _Landing) -> None:
+        pause_s = time.time() - landing.stopped_at
+        steps = sum(end > landing.stopped_at for end in self._step_ends)
+        logger.info(
+            "migration %d rid=%s landed on=%d pause_ms=%.1f steps=%d",
+            landing.migration_id,
+            landing.req.rid,
+            self.worker_id,
+            1e3 * pause_s,
+            steps,
+        )
+        self.report(
+            Landed(
+                migration_id=landing.migration_id,
+                rid=landing.req.rid,
+                worker_id=self.worker_id,
+                blackout_s=pause_s,
+                steps=steps,
+            )
+        )
 
     # --- reports ----------------------------------------------------------------------------
 
@@ -258,6 +282,7 @@ def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:
     return PoolCounters(
         kv_free=int(scheduler.token_to_kv_pool_allocator.available_size()),
         kv_cached=int(scheduler.tree_cache.evictable_size()),
+        kv_locked=int(scheduler.tree_cache.protected_size()),
         request_slots_free=int(scheduler.req_to_token_pool.available_size()),
         metadata_slots_free=int(scheduler.req_to_metadata_buffer_idx_allocator.available_size()),
         requests=len(scheduler.live_requests()),

@@ -30,7 +30,14 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Last token on the source to first token on the target.",
     ),
     ("migrated_kv_bytes_total", "counter", (), "Bytes of KV sent by migrations."),
-    ("migrated_tokens_total", "counter", (), "Tokens whose KV was handed over by migrations."),
+    ("migrated_tokens_total", "counter", (), "Tokens of requests that migrations handed over."),
+    ("migration_tokens_sent_total", "counter", (), "Tokens whose KV was sent by migrations."),
+    (
+        "migration_tokens_saved_total",
+        "counter",
+        (),
+        "Tokens handed over without sending: the target's prefix cache held them.",
+    ),
     ("worker_kv_tokens", "gauge", ("worker", "role"), "KV tokens held by requests."),
     ("worker_kv_capacity_tokens", "gauge", ("worker", "role"), "KV tokens a worker can hold."),
     ("worker_running_requests", "gauge", ("worker", "role"), "Requests decoding or prefilling."),
@@ -82,6 +89,8 @@ class ControllerMetrics:
         reason = result.reason.split(":", 1)[0]
         self._of("migrations_total", outcome=result.outcome, reason=reason).inc()
         self._of("migrated_kv_bytes_total").inc(result.kv_bytes)
+        self._of("migration_tokens_sent_total").inc(result.tokens_sent)
+        self._of("migration_tokens_saved_total").inc(result.tokens_saved)
         if result.outcome == "completed":
             self._of("migration_seconds").observe(result.duration_s)
             self._of("migrated_tokens_total").inc(result.tokens)
