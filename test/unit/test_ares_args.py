@@ -223,7 +223,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"disaggregation_mode": "prefill"}, "disaggregation_mode"),
     ({"disaggregation_mode": "decode"}, "disaggregation_mode"),
     ({"pp_size": 2}, "pipeline_parallel"),
-    ({"tp_size": 2}, "tensor_parallel"),
     ({"dp_size": 2}, "data_parallel"),
     ({"enable_dp_attention": True}, "data_parallel"),
     ({"nnodes": 2}, "multi_node"),

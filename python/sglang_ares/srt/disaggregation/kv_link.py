@@ -7,10 +7,12 @@ adds a sending manager over the same registered pool, and the page arithmetic bo
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.utils import (
     DisaggregationMode,
@@ -35,7 +37,7 @@ class KvLink:
         self._bootstrap_address = f"{bootstrap_host}:{bootstrap_port}"
         self._receive_manager = queue.kv_manager
         self._tp_rank = queue.tp_rank
-        self._group = queue.gloo_group
+        self.group = queue.gloo_group
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         args = copy.copy(queue.kv_manager.kv_args)
         args.engine_rank = queue.tp_rank
@@ -83,7 +85,7 @@ class KvLink:
         """The states (:class:`KVPoll`) of senders and receivers, the least over all ranks."""
         if not pollers:
             return []
-        states: list[int] = poll_and_all_reduce(pollers, self._group)
+        states: list[int] = poll_and_all_reduce(pollers, self.group)
         return states
 
     def copied(self, room: int) -> CopyProgress:
@@ -100,15 +102,22 @@ class KvLink:
         return -(-tokens // self.page_size)
 
     def bytes_of(self, sender: Any) -> int:
-        """Bytes of KV handed to ``sender`` so far, this rank's share."""
-        return int(sender.get_transfer_metric().transfer_total_bytes or 0)
+        """Bytes of KV handed to ``sender`` so far, on all ranks (each sends as much)."""
+        ranks = torch.distributed.get_world_size(self.group)
+        return ranks * int(sender.get_transfer_metric().transfer_total_bytes or 0)
+
+
+# What a copy's progress may be, ordered so that the least over all ranks is that of the whole.
+UNDER_WAY = int(KVPoll.Bootstrapping)
+UNTOUCHED = int(KVPoll.WaitingForInput)
+THROUGH = int(KVPoll.Success)
 
 
 class CopyProgress:
-    """Whether the chunks of one room are through; pollable like a sender.
+    """How far the chunks of one room are; pollable like a sender.
 
     Upstream's managers count the chunks they have taken up and not finished. A backend without
-    that count reports success at once; the hand-over then waits for the copy instead.
+    that count is through at once; the hand-over then waits for the copy instead.
     """
 
     def __init__(self, manager: Any, room: int) -> None:
@@ -116,12 +125,35 @@ class CopyProgress:
         self._room = room
 
     def poll(self) -> int:
-        """Success when at least one chunk was taken up and none is under way."""
+        """THROUGH when at least one chunk was taken up and none is under way."""
         if self._outstanding is None:
-            return int(KVPoll.Success)
-        through = self._room in self._outstanding and self._outstanding[self._room] <= 0
-        return int(KVPoll.Success if through else KVPoll.Transferring)
+            return THROUGH
+        outstanding = self._outstanding.get(self._room)
+        if outstanding is None:
+            return UNTOUCHED
+        return UNDER_WAY if outstanding > 0 else THROUGH
 
-    def drained(self) -> bool:
-        """After an abort: no chunk of the room is being written any more."""
-        return self._outstanding is None or self._outstanding.get(self._room, 0) <= 0
+
+def drained(progress_poll: int) -> bool:
+    """Polled after an abort: no chunk of the room is being written any more, on any rank."""
+    return progress_poll != UNDER_WAY
+
+
+class Arrival:
+    """A receiver that has succeeded only once the right metadata is there too; pollable.
+
+    The check is part of the poll so that all ranks learn of it in the same step.
+    ``room_in_slot`` reads the room that arrived in this rank's metadata slot (0: none yet).
+    """
+
+    def __init__(self, receiver: Any, room: int, room_in_slot: Callable[[], int]) -> None:
+        self._receiver = receiver
+        self._room = room
+        self._room_in_slot = room_in_slot
+
+    def poll(self) -> int:
+        """The receiver's state; a wrong room is a failure."""
+        state = int(self._receiver.poll())
+        if state != KVPoll.Success or self._room_in_slot() == self._room:
+            return state
+        return int(KVPoll.Failed if self._room_in_slot() else KVPoll.Transferring)

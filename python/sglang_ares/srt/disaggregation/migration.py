@@ -105,7 +105,7 @@ class MigrationLimits:
 
 @dataclass
 class Migration:
-    """One move as one side sees it. Times are that side's monotonic seconds."""
+    """One move as one side sees it. Times are monotonic seconds of that side's rank 0."""
 
     migration_id: int
     rid: str
@@ -118,7 +118,7 @@ class Migration:
     tokens: int = 0
     outcome: str = ""
     reason: str = ""
-    history: list[str] = field(default_factory=list)
+    history: list[tuple[str, float]] = field(default_factory=list)
 
     def enter(self, state: SourceState | TargetState, now: float, timeout_s: float) -> None:
         """Go to ``state``, log the transition and restart the clock."""
@@ -132,15 +132,16 @@ class Migration:
                 f"migration {self.migration_id}: no transition {self.state.value} → {state.value}"
             )
         logger.debug(
-            "migration %d rid=%s %d→%d: %s → %s",
+            "migration %d rid=%s %d→%d: %s → %s at %.6f",
             self.migration_id,
             self.rid,
             self.source,
             self.target,
             self.state.value,
             state.value,
+            now,
         )
-        self.history.append(state.value)
+        self.history.append((state.value, now))
         self.state = state
         self.deadline = now + timeout_s
 

@@ -34,6 +34,7 @@ class SchedulerMigrationHost:
         self._limits = limits
         self.link = link
         self.worker_id: int = scheduler.ares.worker_id
+        self.speaks: bool = scheduler.ares.speaks
         # Requests about to enter a batch with output they did not produce in it.
         self._resumed: list[Req] = []
 

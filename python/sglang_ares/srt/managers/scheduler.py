@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.utils import broadcast_pyobj
 
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
+from sglang_ares.srt.managers.control_intake import ControlIntake, ControlRequestReceiver
 from sglang_ares.srt.managers.io_struct import ConnectPeers, StartMigration
 from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
@@ -24,6 +24,9 @@ from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler_components.request_receiver import (
+        SchedulerRequestReceiver,
+    )
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.srt.disaggregation.source import SourceMigration
@@ -69,6 +72,17 @@ class AresScheduler(Scheduler):
         if self._ares_rank_zero:
             self.load_snapshot_writer = WorkerLoadWriter(self.spec)
 
+    def init_request_receiver(self) -> None:
+        """Upstream's receiver; its broadcast takes the control messages along."""
+        super().init_request_receiver()
+        upstreams: SchedulerRequestReceiver = self.request_receiver  # type: ignore[has-type]
+        self._intake = ControlIntake(self.ares.drain, self._waits_for_time)
+        self.request_receiver = ControlRequestReceiver.around(upstreams, self._intake)
+
+    def _waits_for_time(self) -> bool:
+        migrating = self.migrations is not None and self.migrations.active
+        return migrating or self.ares.report_is_due(time.monotonic())
+
     def init_idle_sleeper(self) -> None:
         """An idle worker wakes up for control messages too."""
         super().init_idle_sleeper()
@@ -95,10 +109,11 @@ class AresScheduler(Scheduler):
     # --- the event loop ---------------------------------------------------------------------
 
     def ingest_requests(self) -> list[Any]:
-        """Upstream's input, and the control messages; all ranks see the same ones."""
+        """Upstream's input, and the control messages; all ranks see the same ones, and the same
+        clock wherever it decides anything."""
         received: list[Any] = super().ingest_requests()
-        now = time.monotonic()
-        for frame in self._control_frames():
+        now = self._intake.now
+        for frame in self._intake.pop_frames():
             message = self.ares.decode(frame)
             if isinstance(message, ConnectPeers):
                 self._connect(message)
@@ -114,13 +129,6 @@ class AresScheduler(Scheduler):
         self.ares.report_load(self, now)
         return received
 
-    def _control_frames(self) -> list[bytes]:
-        frames = self.ares.drain()
-        if get_parallel().tp_size > 1:
-            group = self.tp_group
-            frames = broadcast_pyobj(frames, group.rank, self.tp_cpu_group, src=group.ranks[0])
-        return frames
-
     def _connect(self, message: ConnectPeers) -> None:
         self.ares.connect(message.peers)
         if self.migrations is None:
@@ -135,7 +143,7 @@ class AresScheduler(Scheduler):
     def process_decode_queue(self) -> None:
         """Advance the migrations between two steps, then upstream's own transfers."""
         assert self.migrations is not None
-        self.migrations.tick(time.monotonic())
+        self.migrations.tick(self._intake.now)
         super().process_decode_queue()
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -158,7 +166,7 @@ class AresScheduler(Scheduler):
         if self._was_busy:
             self._was_busy = False
             self.check_integrity()
-            self.ares.report_load(self, time.monotonic(), force=True)
+            self.ares.report_load(self, self._intake.now, force=True)
         super().on_idle()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
@@ -180,14 +188,14 @@ class AresScheduler(Scheduler):
         """A request built for a migration goes to its migration, not to the queue."""
         if is_retracted:
             self.ares.retracted += 1
-        elif self.migrations is not None and self.migrations.take_built(req, time.monotonic()):
+        elif self.migrations is not None and self.migrations.take_built(req, self._intake.now):
             return
         super()._add_request_to_queue(req, is_retracted)
 
     def abort_request(self, recv_req: AbortReq) -> None:
         """Abort wherever the request is, in a migration too."""
         if self.migrations is not None:
-            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, time.monotonic())
+            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, self._intake.now)
         super().abort_request(recv_req)
 
     def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
@@ -245,7 +253,13 @@ class AresScheduler(Scheduler):
 
     def check_integrity(self) -> None:
         """When idle, every pool holds what it held at start (upstream checks KV tokens and
-        request slots too; the metadata slots only here)."""
+        request slots too; the metadata slots only here), and all ranks went through the same
+        migrations in the same steps."""
+        if self.migrations is not None and not self.migrations.digest.agrees(self._host.link.group):
+            logger.error(
+                "integrity check failed on worker %d: its ranks went through different migrations",
+                self.ares.worker_id,
+            )
         start, here = self._pools_at_start, pool_counters(self, idle=True)
         if start is None:
             return

@@ -52,6 +52,7 @@ class WorkerAgent:
     def __init__(self, spec: WorkerSpec, *, speaks: bool) -> None:
         self.worker_id = spec.worker_id
         self.role = spec.role
+        self.speaks = speaks
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
         self._mailbox: Mailbox | None = None
@@ -148,17 +149,21 @@ class WorkerAgent:
 
     # --- reports ----------------------------------------------------------------------------
 
+    def report_is_due(self, now: float) -> bool:
+        """Whether the report interval is over."""
+        return now - self._last_report >= self._interval_s
+
     def report_load(self, scheduler: AresScheduler, now: float, *, force: bool = False) -> None:
-        """Tell the controller this worker's load, at most every report interval."""
-        if self._mailbox is None or (not force and now - self._last_report < self._interval_s):
+        """Tell the controller this worker's load, at most every report interval.
+
+        ``now`` is the same on all ranks; those that say nothing only forget their ended requests.
+        """
+        if not force and not self.report_is_due(now):
             return
         self._last_report = now
-        live = {req.rid for req in scheduler.live_requests()}
-        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
-        finished = [r for r in self.received if r not in live and r not in arriving]
-        for rid in finished:
-            del self.received[rid]
-            self._arrived_at.pop(rid, None)
+        finished = self._forget_ended(scheduler)
+        if not self.speaks:
+            return
         step_ms = 1e3 * self._decode_time_s / self._decode_steps if self._decode_steps else 0.0
         self._decode_steps = 0
         self._decode_time_s = 0.0
@@ -174,6 +179,16 @@ class WorkerAgent:
                 decode_step_ms=step_ms,
             )
         )
+
+    def _forget_ended(self, scheduler: AresScheduler) -> list[str]:
+        """Drop what was kept of requests that are not here any more; their rids."""
+        live = {req.rid for req in scheduler.live_requests()}
+        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
+        ended = [r for r in self.received if r not in live and r not in arriving]
+        for rid in ended:
+            del self.received[rid]
+            self._arrived_at.pop(rid, None)
+        return ended
 
     def _load(self, scheduler: AresScheduler, now: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
