@@ -17,7 +17,7 @@ from integration.servers import Server, start_server, stop_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
-TOKENS = 400
+TOKENS = 600
 _SCHEMA = json.dumps(
     {
         "type": "object",
@@ -69,10 +69,10 @@ def test_two_ranks_move_requests_in_step(server: Server) -> None:
     of every worker log the same transitions at the same (rank 0's) time."""
     assert all(len(w["pids"]) == 2 for w in server.status()["workers"])
     unmoved, _ = asyncio.run(
-        run_all(server.url, {f"{r}-ref": b for r, b in bodies().items()}, at_once=7)
+        run_all(server.url, {f"{r}-ref": b for r, b in bodies().items()}, at_once=5)
     )
     moved, log = asyncio.run(
-        run_all(server.url, bodies(), at_once=7, move_on=server.decode_workers())
+        run_all(server.url, bodies(), at_once=5, move_on=server.decode_workers())
     )
     for rid, answer in moved.items():
         before = unmoved[f"{rid}-ref"]
