@@ -48,6 +48,14 @@ class AresArgs:
     min_gap_tokens: int = _flag(
         128, "No move while the resident tokens of two workers differ by less than this."
     )
+    memory_relief: bool = _flag(
+        True,
+        "Move requests away from a decode worker whose KV runs short, before requests are "
+        "retracted; whatever --ares-rescheduling says.",
+    )
+    memory_floor: float = _flag(
+        0.05, "Share of a decode worker's KV that memory relief keeps free at least."
+    )
     max_migrations_per_worker: int = _flag(
         8, "Most migrations that run at once into one worker; more are refused."
     )
@@ -88,6 +96,11 @@ class AresArgs:
             value = getattr(self, name)
             if not value > 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
+        if not 0 <= self.memory_floor < 1:
+            raise AresArgsError(
+                f"{flag_name('memory_floor')} is {self.memory_floor}; it must be a share of the "
+                "KV capacity, from 0 to below 1."
+            )
         for name in ("reschedule_threshold", "move_cooldown"):
             value = getattr(self, name)
             if not value >= 0:
@@ -113,10 +126,13 @@ class AresArgs:
         for f in dataclasses.fields(cls):
             options = dict(f.metadata)
             help_text = options.pop("help")
+            if isinstance(f.default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["type"] = type(f.default)
             group.add_argument(
                 flag_name(f.name),
                 dest=f"ares_{f.name}",
-                type=type(f.default),
                 default=f.default,
                 help=f"{help_text} Default: {f.default}.",
                 **options,

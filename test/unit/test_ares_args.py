@@ -46,12 +46,19 @@ def test_defaults_on_the_command_line_are_those_of_the_class() -> None:
 OTHER_VALUES: dict[str, Any] = {
     "placement": "round_robin",
     "rescheduling": "none",
+    "memory_floor": 0.2,
 }
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
 def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     value = OTHER_VALUES.get(field.name)
+    if isinstance(field.default, bool):
+        name = flag_name(field.name)
+        for default in (True, False):
+            given = parsed(name if default else name.replace("--", "--no-", 1))
+            assert given == dataclasses.replace(AresArgs(), **{field.name: default})
+        return
     if value is None:
         value = type(field.default)(field.default + 3)
     assert value != field.default
@@ -107,6 +114,9 @@ def test_choices_come_from_the_registries() -> None:
         ("reschedule_threshold", float("nan"), "must"),
         ("move_cooldown", -1.0, "must not be negative"),
         ("move_cooldown", float("nan"), "must"),
+        ("memory_floor", -0.1, "from 0 to below 1"),
+        ("memory_floor", 1.0, "from 0 to below 1"),
+        ("memory_floor", float("nan"), "from 0 to below 1"),
         ("placement", "best", "choose one of: "),
         ("rescheduling", "best", "choose one of: "),
     ],

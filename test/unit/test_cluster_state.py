@@ -337,6 +337,7 @@ def test_status_document(state: ClusterState) -> None:
         "failed": {"timeout in COPYING": 1},
         "cancelled": {},
         "in_flight": 1,
+        "causes": {"manual": 0, "policy": 4, "memory": 0},
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
     required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",

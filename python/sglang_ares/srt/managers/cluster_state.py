@@ -63,13 +63,21 @@ class Ownership:
     dispatched_at: float
 
 
+# Why a migration was commanded.
+MANUAL = "manual"
+POLICY = "policy"
+MEMORY = "memory"
+CAUSES = (MANUAL, POLICY, MEMORY)
+
+
 @dataclass
 class MovingRequest:
-    """A migration that was commanded and has not been reported back."""
+    """A migration that was commanded, for ``cause``, and has not been reported back."""
 
     rid: str
     source: int
     target: int
+    cause: str = POLICY
 
 
 class ClusterState:
@@ -83,6 +91,7 @@ class ClusterState:
         self._left_target: set[str] = set()
         self.migrations_attempted = 0
         self.migrations_completed = 0
+        self.migrations_by_cause: Counter[str] = Counter()
         self.migrations_refused: Counter[str] = Counter()
         self.migrations_failed: Counter[str] = Counter()
         self.migrations_cancelled: Counter[str] = Counter()
@@ -137,12 +146,14 @@ class ClusterState:
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
         self.migrations_attempted += 1
+        self.migrations_by_cause[move.cause] += 1
         self.moving[migration_id] = move
 
-    def note_migration_result(self, result: MigrationResult) -> bool:
-        """A migration ended; false if it was not known."""
-        if self.moving.pop(result.migration_id, None) is None:
-            return False
+    def note_migration_result(self, result: MigrationResult) -> MovingRequest | None:
+        """A migration ended; what was commanded, if it was."""
+        move = self.moving.pop(result.migration_id, None)
+        if move is None:
+            return None
         left_target = result.rid in self._left_target
         self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
@@ -159,7 +170,7 @@ class ClusterState:
             self.migrations_cancelled[_key(result.reason)] += 1
         else:
             self.migrations_failed[_key(result.reason)] += 1
-        return True
+        return move
 
     # --- documents --------------------------------------------------------------------------
 
@@ -176,6 +187,7 @@ class ClusterState:
                 "failed": dict(self.migrations_failed),
                 "cancelled": dict(self.migrations_cancelled),
                 "in_flight": len(self.moving),
+                "causes": {cause: self.migrations_by_cause[cause] for cause in CAUSES},
             },
             "requests": len(self.owners),
         }

@@ -22,7 +22,14 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_ares.srt.managers.cluster import WorkerCluster
-from sglang_ares.srt.managers.cluster_state import ClusterState, MovingRequest, WorkerView
+from sglang_ares.srt.managers.cluster_state import (
+    MANUAL,
+    MEMORY,
+    POLICY,
+    ClusterState,
+    MovingRequest,
+    WorkerView,
+)
 from sglang_ares.srt.managers.io_struct import (
     ConnectPeers,
     ControllerInbound,
@@ -39,6 +46,7 @@ from sglang_ares.srt.managers.io_struct import (
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.memory_relief import MemoryRelief
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
@@ -131,6 +139,11 @@ class AresController(DataParallelController):
             cooldown_s=self.ares_args.move_cooldown,
         )
         self._next_round = time.monotonic() + self.ares_args.reschedule_interval
+        self._relief = MemoryRelief(
+            report_interval_s=self.ares_args.report_interval,
+            floor=self.ares_args.memory_floor,
+            reserved_tokens=self.server_args.num_reserved_decode_tokens,
+        )
         self._sequence = 0
         self._next_migration_id = 1
         # Queries of the front that wait for a migration's outcome: (identity, query id).
@@ -187,11 +200,11 @@ class AresController(DataParallelController):
 
     # --- migrations -------------------------------------------------------------------------
 
-    def start_migration(self, rid: str, source: int, target: int) -> int:
+    def start_migration(self, rid: str, source: int, target: int, cause: str) -> int:
         """Command a migration; its id."""
         migration_id = self._next_migration_id
         self._next_migration_id += 1
-        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target))
+        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target, cause))
         command = StartMigration(migration_id=migration_id, rid=rid, target=target)
         self._mailbox.send(str(source), encode(command))
         return migration_id
@@ -207,7 +220,7 @@ class AresController(DataParallelController):
         serving = {w.worker_id for w in self.state.with_role(DECODE)}
         for move in moves:
             if {move.source, move.target} <= serving:
-                self.start_migration(move.rid, move.source, move.target)
+                self.start_migration(move.rid, move.source, move.target, POLICY)
             else:
                 logger.error("the policy planned an impossible move: %s", move)
 
@@ -216,9 +229,14 @@ class AresController(DataParallelController):
         if isinstance(message, WorkerReport):
             self.state.note_report(message)
             self.metrics.reported(message)
+            if self.ares_args.memory_relief:
+                for planned in self._relief.plan(message, self.state):
+                    self.start_migration(planned.rid, planned.source, planned.target, MEMORY)
         elif isinstance(message, MigrationResult):
-            if self.state.note_migration_result(message):
-                self.metrics.migrated(message)
+            move = self.state.note_migration_result(message)
+            if move is not None:
+                self.metrics.migrated(message, move.cause)
+                self._relief.note_result(message)
                 self._answer_waiting(message)
         elif isinstance(message, Landed):
             self.metrics.landed(message)
@@ -273,7 +291,7 @@ class AresController(DataParallelController):
             self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
         assert owner is not None
-        migration_id = self.start_migration(query.rid, owner.decode, query.target)
+        migration_id = self.start_migration(query.rid, owner.decode, query.target, MANUAL)
         self._waiting[migration_id] = (identity, query.query_id)
 
     def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:

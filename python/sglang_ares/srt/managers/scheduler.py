@@ -199,12 +199,13 @@ class AresScheduler(Scheduler):
         super().abort_request(recv_req)
 
     def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
-        """Upstream's batch of requests whose KV has arrived; penalties of resumed ones restored."""
+        """Upstream's batch of requests whose KV is here; the penalties of those that come with
+        output restored. (Upstream starts the penalties of a retracted request anew.)"""
         batch = super()._get_new_prebuilt_batch(running_batch)
         if batch is not None:
-            resumed = self._host.pop_resumed(batch.reqs)
-            if resumed:
-                seed_penalties(batch, resumed, overlap=self.enable_overlap)
+            entering = self._host.entering_with_output(batch.reqs)
+            if entering:
+                seed_penalties(batch, entering, overlap=self.enable_overlap)
         return batch
 
     def is_movable(self, req: Req, recv_req: TokenizedGenerateReqInput) -> bool:

@@ -170,7 +170,7 @@ class WorkerAgent:
         self.report(
             WorkerReport(
                 worker_id=self.worker_id,
-                load=self._load(scheduler, now),
+                load=self._load(scheduler, now, step_ms),
                 finished=finished,
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
@@ -190,7 +190,7 @@ class WorkerAgent:
             self._arrived_at.pop(rid, None)
         return ended
 
-    def _load(self, scheduler: AresScheduler, now: float) -> WorkerLoad:
+    def _load(self, scheduler: AresScheduler, now: float, step_ms: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
         queued = scheduler.queued_requests()
         capacity = int(scheduler.max_total_num_tokens)
@@ -203,15 +203,22 @@ class WorkerAgent:
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
-            queued_tokens=sum(len(r.origin_input_ids) for r in queued if not r.kv.holds_kv),
-            requests=tuple(self._request_load(scheduler, r, now) for r in (*running, *queued)),
+            queued_tokens=sum(r.seqlen for r in queued if not r.kv.holds_kv),
+            decode_step_ms=step_ms,
+            requests=(
+                *(self._request_load(scheduler, r, now, runs=True) for r in running),
+                *(self._request_load(scheduler, r, now, runs=False) for r in queued),
+            ),
         )
 
-    def _request_load(self, scheduler: AresScheduler, req: Any, now: float) -> RequestLoad:
+    def _request_load(
+        self, scheduler: AresScheduler, req: Any, now: float, *, runs: bool
+    ) -> RequestLoad:
         arrived = self._arrived_at.get(req.rid, now)
         recv_req = self.received.get(req.rid)
         movable = (
             self.role == DECODE
+            and runs
             and len(req.output_ids) > 0
             and recv_req is not None
             and scheduler.is_movable(req, recv_req)
