@@ -36,7 +36,7 @@ def record(migration_id: int, at: float) -> Migration:
 
 
 def test_a_step_with_nothing_to_say_costs_nothing() -> None:
-    intake = ControlIntake(list, lambda: False, lambda: 5.0)
+    intake = ControlIntake(list, lambda: False, lambda: 1, lambda: 5.0)
     assert intake.gather() is None
     assert intake.take_out(["a request"]) == ["a request"]
     assert intake.pop_frames() == [] and intake.now == 0.0
@@ -44,9 +44,9 @@ def test_a_step_with_nothing_to_say_costs_nothing() -> None:
 
 @pytest.mark.parametrize("frames,waits", [([b"x", b"y"], False), ([], True)])
 def test_frames_and_the_clock_come_out_on_the_other_side(frames: list[bytes], waits: bool) -> None:
-    intake = ControlIntake(lambda: frames, lambda: waits, lambda: 5.0)
+    intake = ControlIntake(lambda: frames, lambda: waits, lambda: 1, lambda: 5.0)
     step = intake.gather()
-    assert step == ControlStep(5.0, frames)
+    assert step == ControlStep(5.0, frames, 1)
     assert intake.take_out(["a request", step]) == ["a request"]
     assert intake.now == 5.0
     assert intake.pop_frames() == frames
@@ -54,9 +54,9 @@ def test_frames_and_the_clock_come_out_on_the_other_side(frames: list[bytes], wa
 
 
 def test_frames_of_two_steps_keep_their_order() -> None:
-    intake = ControlIntake(list, lambda: False)
-    intake.take_out([ControlStep(1.0, [b"1", b"2"])])
-    intake.take_out([ControlStep(2.0, [b"3"])])
+    intake = ControlIntake(list, lambda: False, lambda: 1)
+    intake.take_out([ControlStep(1.0, [b"1", b"2"], 1)])
+    intake.take_out([ControlStep(2.0, [b"3"], 1)])
     assert intake.pop_frames() == [b"1", b"2", b"3"] and intake.now == 2.0
 
 
@@ -70,6 +70,18 @@ def test_digest_counts_states_times_and_order() -> None:
     assert digest(record(1, 2.0), record(2, 3.0)) == digest(record(1, 2.0), record(2, 3.0))
     assert digest(record(1, 2.0)) != digest(record(1, 2.5)), "another step"
     assert digest(record(1, 2.0), record(2, 3.0)) != digest(record(2, 3.0), record(1, 2.0))
+
+
+def test_a_rank_that_parted_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    digest = TransitionDigest()
+    intake = ControlIntake(list, lambda: False, lambda: digest.value)
+    intake.take_out([ControlStep(1.0, [], 0)])
+    assert intake.in_step and not caplog.records
+    digest.add(record(1, 1.0))
+    for _ in range(2):
+        intake.take_out([ControlStep(2.0, [], 0)])
+    assert not intake.in_step
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["integrity check failed"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +144,9 @@ def _receive_three_steps(rank: int) -> list[Any]:
     )
     frames = [[b"one", b"two"], [], []]
     waits = iter([False, True, False])
-    intake = ControlIntake(lambda: frames.pop(0), lambda: next(waits), lambda: 100.0 + rank)
+    intake = ControlIntake(
+        lambda: frames.pop(0), lambda: next(waits), lambda: 7, lambda: 100.0 + rank
+    )
     parts: dict[str, Any] = dict.fromkeys(
         f for f in control_intake.SchedulerRequestReceiver.__dataclass_fields__
     )
@@ -155,17 +169,3 @@ def test_all_ranks_see_rank_zeros_frames_and_clock() -> None:
         (["request 1"], 100.0, []),
         (["request 2"], 100.0, []),
     ]
-
-
-def _compare_digests(rank: int) -> list[bool]:
-    digest = TransitionDigest()
-    alike = []
-    for at in (1.0, 2.0, 3.0 + rank):
-        digest.add(record(1, at))
-        alike.append(digest.agrees(dist.group.WORLD))
-    return alike
-
-
-def test_ranks_that_part_are_found() -> None:
-    """Alike while the transitions are; all ranks come to the same conclusion."""
-    assert on_two_ranks(_compare_digests) == [[True, True, False]] * 2

@@ -37,7 +37,7 @@ class KvLink:
         self._bootstrap_address = f"{bootstrap_host}:{bootstrap_port}"
         self._receive_manager = queue.kv_manager
         self._tp_rank = queue.tp_rank
-        self.group = queue.gloo_group
+        self._group = queue.gloo_group
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         args = copy.copy(queue.kv_manager.kv_args)
         args.engine_rank = queue.tp_rank
@@ -85,7 +85,7 @@ class KvLink:
         """The states (:class:`KVPoll`) of senders and receivers, the least over all ranks."""
         if not pollers:
             return []
-        states: list[int] = poll_and_all_reduce(pollers, self.group)
+        states: list[int] = poll_and_all_reduce(pollers, self._group)
         return states
 
     def copied(self, room: int) -> CopyProgress:
@@ -103,7 +103,7 @@ class KvLink:
 
     def bytes_of(self, sender: Any) -> int:
         """Bytes of KV handed to ``sender`` so far, on all ranks (each sends as much)."""
-        ranks = torch.distributed.get_world_size(self.group)
+        ranks = torch.distributed.get_world_size(self._group)
         return ranks * int(sender.get_transfer_metric().transfer_total_bytes or 0)
 
 

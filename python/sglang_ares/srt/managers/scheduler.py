@@ -76,12 +76,15 @@ class AresScheduler(Scheduler):
         """Upstream's receiver; its broadcast takes the control messages along."""
         super().init_request_receiver()
         upstreams: SchedulerRequestReceiver = self.request_receiver  # type: ignore[has-type]
-        self._intake = ControlIntake(self.ares.drain, self._waits_for_time)
+        self._intake = ControlIntake(self.ares.drain, self._waits_for_time, self._digest)
         self.request_receiver = ControlRequestReceiver.around(upstreams, self._intake)
 
     def _waits_for_time(self) -> bool:
         migrating = self.migrations is not None and self.migrations.active
         return migrating or self.ares.report_is_due(time.monotonic())
+
+    def _digest(self) -> int:
+        return self.migrations.digest.value if self.migrations is not None else 0
 
     def init_idle_sleeper(self) -> None:
         """An idle worker wakes up for control messages too."""
@@ -254,13 +257,7 @@ class AresScheduler(Scheduler):
 
     def check_integrity(self) -> None:
         """When idle, every pool holds what it held at start (upstream checks KV tokens and
-        request slots too; the metadata slots only here), and all ranks went through the same
-        migrations in the same steps."""
-        if self.migrations is not None and not self.migrations.digest.agrees(self._host.link.group):
-            logger.error(
-                "integrity check failed on worker %d: its ranks went through different migrations",
-                self.ares.worker_id,
-            )
+        request slots too; the metadata slots only here)."""
         start, here = self._pools_at_start, pool_counters(self, idle=True)
         if start is None:
             return
