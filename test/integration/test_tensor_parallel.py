@@ -17,7 +17,7 @@ from integration.servers import Server, start_server, stop_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
-TOKENS = 600
+TOKENS = 450
 _SCHEMA = json.dumps(
     {
         "type": "object",
