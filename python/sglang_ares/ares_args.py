@@ -48,6 +48,14 @@ class AresArgs:
     min_gap_tokens: int = _flag(
         128, "No move while the resident tokens of two workers differ by less than this."
     )
+    memory_relief: bool = _flag(
+        True,
+        "Move requests away from a decode worker whose KV runs short, before requests are "
+        "retracted; whatever --ares-rescheduling says.",
+    )
+    memory_floor: float = _flag(
+        0.05, "Share of a decode worker's KV that memory relief keeps free at least."
+    )
     max_migrations_per_worker: int = _flag(
         8, "Most migrations that run at once into one worker, and out of one; more are refused."
     )
@@ -131,6 +139,11 @@ class AresArgs:
             value = getattr(self, name)
             if not value > 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
+        if not 0 <= self.memory_floor < 1:
+            raise AresArgsError(
+                f"{flag_name('memory_floor')} is {self.memory_floor}; it must be a share of the "
+                "KV capacity, from 0 to below 1."
+            )
         for name in ("reschedule_threshold", "move_cooldown", "migration_bandwidth"):
             value = getattr(self, name)
             if not value >= 0:

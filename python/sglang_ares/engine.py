@@ -22,7 +22,11 @@ from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.managers.runtime_dir import front_endpoint
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
-from sglang_ares.srt.platforms.cpu import CPU_DEFAULTS, accelerator_present
+from sglang_ares.srt.platforms.cpu import (
+    CPU_DEFAULTS,
+    accelerator_present,
+    give_cores_to_ranks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +54,7 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
         # Before any child starts: several workers share few cores, and nothing can be learnt
         # from CUDA core dumps, for which upstream waits a minute when a worker dies.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        give_cores_to_ranks(server_args.tp_size)
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
     server_args._ares_args = ares_args
     server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")

@@ -408,6 +408,7 @@ class Worker:
     def __init__(self, world: World, worker_id: int) -> None:
         self.world = world
         self.worker_id = worker_id
+        self.speaks = True
         self.memory = Memory(world.pages, world.page_size)
         self.kv_capacity = world.pages * world.page_size
         self.link = Link(self)

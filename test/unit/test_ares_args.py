@@ -49,12 +49,19 @@ OTHER_VALUES: dict[str, Any] = {
     "migration_memory_share": 0.25,
     "migration_copy": "stopped",
     "decode_radix_cache": "off",
+    "memory_floor": 0.2,
 }
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
 def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     value = OTHER_VALUES.get(field.name)
+    if isinstance(field.default, bool):
+        name = flag_name(field.name)
+        for default in (True, False):
+            given = parsed(name if default else name.replace("--", "--no-", 1))
+            assert given == dataclasses.replace(AresArgs(), **{field.name: default})
+        return
     if value is None:
         value = type(field.default)(field.default + 3)
     assert value != field.default
@@ -117,6 +124,9 @@ def test_choices_come_from_the_registries() -> None:
         ("migration_memory_share", float("nan"), "above 0 and at most 1"),
         ("migration_copy", "later", "choose one of: live, stopped"),
         ("decode_radix_cache", "maybe", "choose one of: on, off"),
+        ("memory_floor", -0.1, "from 0 to below 1"),
+        ("memory_floor", 1.0, "from 0 to below 1"),
+        ("memory_floor", float("nan"), "from 0 to below 1"),
         ("placement", "best", "choose one of: "),
         ("rescheduling", "best", "choose one of: "),
     ],
@@ -233,7 +243,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"disaggregation_mode": "prefill"}, "disaggregation_mode"),
     ({"disaggregation_mode": "decode"}, "disaggregation_mode"),
     ({"pp_size": 2}, "pipeline_parallel"),
-    ({"tp_size": 2}, "tensor_parallel"),
     ({"dp_size": 2}, "data_parallel"),
     ({"enable_dp_attention": True}, "data_parallel"),
     ({"nnodes": 2}, "multi_node"),

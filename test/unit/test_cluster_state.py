@@ -342,6 +342,7 @@ def test_status_document(state: ClusterState) -> None:
         "in_flight": 1,
         "tokens_sent": 21,
         "tokens_saved": 3,
+        "causes": {"manual": 0, "policy": 4, "memory": 0, "drain": 0},
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
     required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.utils import (
     DisaggregationMode,
@@ -106,8 +108,15 @@ class KvLink:
         return -(-tokens // self.page_size)
 
     def bytes_of(self, sender: Any) -> int:
-        """Bytes of KV handed to ``sender`` so far, this rank's share."""
-        return int(sender.get_transfer_metric().transfer_total_bytes or 0)
+        """Bytes of KV handed to ``sender`` so far, on all ranks (each sends as much)."""
+        ranks = torch.distributed.get_world_size(self._group)
+        return ranks * int(sender.get_transfer_metric().transfer_total_bytes or 0)
+
+
+# What a copy's progress may be, ordered so that the least over all ranks is that of the whole.
+UNDER_WAY = int(KVPoll.Bootstrapping)
+UNTOUCHED = int(KVPoll.WaitingForInput)
+THROUGH = int(KVPoll.Success)
 
 
 class ChunkCounter(defaultdict[int, int]):
@@ -125,10 +134,10 @@ class ChunkCounter(defaultdict[int, int]):
 
 
 class CopyProgress:
-    """Whether the chunks of one room are through; pollable like a sender.
+    """How far the chunks of one room are; pollable like a sender.
 
-    A backend that does not count its chunks reports success at once; the hand-over then waits for
-    the copy instead.
+    A copy is through when every chunk sent has been finished. A backend that does not count its
+    chunks is through at once; the hand-over then waits for the copy instead.
     """
 
     def __init__(self, manager: Any, room: int) -> None:
@@ -142,16 +151,39 @@ class CopyProgress:
         self._sent += 1
 
     def poll(self) -> int:
-        """Success when every chunk sent has been finished."""
-        if self._chunks is None or self._chunks.finished.get(self._room, 0) >= self._sent:
-            return int(KVPoll.Success)
-        return int(KVPoll.Transferring)
-
-    def drained(self) -> bool:
-        """After an abort: no chunk of the room is being written any more."""
-        return self._chunks is None or self._chunks.get(self._room, 0) <= 0
+        """UNDER_WAY while a chunk is being written, THROUGH when every chunk sent is finished."""
+        if self._chunks is None:
+            return THROUGH
+        if self._chunks.get(self._room, 0) > 0:
+            return UNDER_WAY
+        return THROUGH if self._chunks.finished.get(self._room, 0) >= self._sent else UNTOUCHED
 
     def close(self) -> None:
         """The room is done with."""
         if self._chunks is not None:
             self._chunks.finished.pop(self._room, None)
+
+
+def drained(progress_poll: int) -> bool:
+    """Polled after an abort: no chunk of the room is being written any more, on any rank."""
+    return progress_poll != UNDER_WAY
+
+
+class Arrival:
+    """A receiver that has succeeded only once the right metadata is there too; pollable.
+
+    The check is part of the poll so that all ranks learn of it in the same step.
+    ``room_in_slot`` reads the room that arrived in this rank's metadata slot (0: none yet).
+    """
+
+    def __init__(self, receiver: Any, room: int, room_in_slot: Callable[[], int]) -> None:
+        self._receiver = receiver
+        self._room = room
+        self._room_in_slot = room_in_slot
+
+    def poll(self) -> int:
+        """The receiver's state; a wrong room is a failure."""
+        state = int(self._receiver.poll())
+        if state != KVPoll.Success or self._room_in_slot() == self._room:
+            return state
+        return int(KVPoll.Failed if self._room_in_slot() else KVPoll.Transferring)

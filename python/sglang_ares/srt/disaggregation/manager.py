@@ -14,6 +14,7 @@ from sglang_ares.srt.disaggregation.migration import (
     MigrationLimits,
     TargetState,
 )
+from sglang_ares.srt.disaggregation.rank_agreement import TransitionDigest
 from sglang_ares.srt.disaggregation.source import SourceHost, SourceMigration
 from sglang_ares.srt.disaggregation.target import TargetHost, TargetMigration
 from sglang_ares.srt.managers.io_struct import (
@@ -44,7 +45,12 @@ _REMEMBERED = 4096
 
 
 class MigrationHost(SourceHost, TargetHost, Protocol):
-    """Both sides' demands on the scheduler, and the ones of the manager itself."""
+    """Both sides' demands on the scheduler, and the ones of the manager itself.
+
+    ``speaks``: whether this is the tensor-parallel rank whose messages are sent.
+    """
+
+    speaks: bool
 
     kv_capacity: int
 
@@ -95,6 +101,7 @@ class MigrationManager:
         self.inbound: dict[int, TargetMigration] = {}
         self._building: dict[int, TargetMigration] = {}
         self._committed: OrderedDict[int, str] = OrderedDict()
+        self.digest = TransitionDigest()
 
     # --- what the scheduler asks ------------------------------------------------------------
 
@@ -393,6 +400,7 @@ class MigrationManager:
         record = migration.record
         if not record.final:
             return
+        self.digest.add(record)
         self._report(
             MigrationResult(
                 migration_id=record.migration_id,
@@ -410,8 +418,9 @@ class MigrationManager:
         )
 
     def _report(self, result: MigrationResult) -> None:
-        """One line in the log, and the controller."""
-        logger.info(
+        """One line in the log of rank 0, and the controller."""
+        logger.log(
+            logging.INFO if self._host.speaks else logging.DEBUG,
             "migration %d rid=%s from=%d to=%d tokens=%d sent=%d saved=%d bytes=%d ms=%.1f "
             "outcome=%s%s",
             result.migration_id,
@@ -432,7 +441,9 @@ class MigrationManager:
         record = migration.record
         if not record.final:
             return
-        self.inbound.pop(record.migration_id, None)
+        if self.inbound.pop(record.migration_id, None) is None:
+            return
+        self.digest.add(record)
         if record.state is TargetState.RELEASED:
             self._host.forget(record.rid)
         if record.state is TargetState.COMMITTED:

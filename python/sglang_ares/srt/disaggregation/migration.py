@@ -116,7 +116,7 @@ class MigrationLimits:
 
 @dataclass
 class Migration:
-    """One move as one side sees it. Times are that side's monotonic seconds.
+    """One move as one side sees it. Times are monotonic seconds of that side's rank 0.
 
     ``tokens``: what the request holds; of these, ``tokens_sent`` went over and ``tokens_saved``
     were in the target's cache already.
@@ -135,7 +135,7 @@ class Migration:
     tokens_saved: int = 0
     outcome: str = ""
     reason: str = ""
-    history: list[str] = field(default_factory=list)
+    history: list[tuple[str, float]] = field(default_factory=list)
     # Called after every transition.
     on_enter: Callable[[Migration], None] | None = None
 
@@ -151,23 +151,24 @@ class Migration:
                 f"migration {self.migration_id}: no transition {self.state.value} → {state.value}"
             )
         logger.debug(
-            "migration %d rid=%s %d→%d: %s → %s",
+            "migration %d rid=%s %d→%d: %s → %s at %.6f",
             self.migration_id,
             self.rid,
             self.source,
             self.target,
             self.state.value,
             state.value,
+            now,
         )
-        self.history.append(state.value)
+        self.history.append((state.value, now))
         self.state = state
         self.extend_deadline(now, timeout_s)
+        if self.on_enter is not None:
+            self.on_enter(self)
 
     def extend_deadline(self, now: float, timeout_s: float) -> None:
         """There was progress within the state."""
         self.deadline = now + timeout_s
-        if self.on_enter is not None:
-            self.on_enter(self)
 
     @property
     def final(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.kv_link import drained
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -277,8 +278,9 @@ class SourceMigration:
                 self._out_of_room(self.req.kv.kv_committed_len - self._sent_tokens, now)
         if self.record.state is SourceState.STOPPING:
             self._hand_over_when_stopped(now, progress_poll)
-        if self.record.state in (SourceState.CANCELLING, SourceState.RECALLING):
-            self._cancel_when_drained(now)
+        # Only with a poll from after the abort: a chunk may be taken up until then.
+        if state in (SourceState.CANCELLING, SourceState.RECALLING):
+            self._cancel_when_drained(now, progress_poll)
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -391,8 +393,8 @@ class SourceMigration:
             self._resume()
             self._enter(SourceState.CANCELLING, now)
 
-    def _cancel_when_drained(self, now: float) -> None:
-        if self._cancel_sent or not self._progress.drained():
+    def _cancel_when_drained(self, now: float, progress_poll: int) -> None:
+        if self._cancel_sent or not drained(progress_poll):
             return
         self._cancel_sent = True
         self._host.send(

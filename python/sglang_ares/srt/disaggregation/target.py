@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.kv_link import Arrival
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -121,6 +122,7 @@ class TargetMigration:
         )
         self._req: Req | None = None
         self._receiver: Any = None
+        self._arrival: Arrival | None = None
         self._metadata_slot: int | None = None
         self._prefix_tokens = 0
         # Output tokens that the request's grammar has seen.
@@ -139,8 +141,8 @@ class TargetMigration:
 
     @property
     def poller(self) -> Any:
-        """The receiver, once there is one."""
-        return self._receiver
+        """What tells of the KV's arrival, once the transfer is open."""
+        return self._arrival
 
     # --- messages ---------------------------------------------------------------------------
 
@@ -176,6 +178,7 @@ class TargetMigration:
         self._receiver = self._host.link.open_receiver(
             self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
         )
+        self._arrival = Arrival(self._receiver, self.record.room, self._arrived_room)
         self._enter(TargetState.RESERVED, now)
 
     def on_commit(self, commit: Commit, now: float) -> None:
@@ -217,7 +220,7 @@ class TargetMigration:
         if state not in (TargetState.BUILDING, TargetState.RESERVED, TargetState.RECEIVING):
             return
         if receiver_poll == KVPoll.Failed:
-            self._fail("KV transfer failed at the target", now)
+            self._fail(self._why_failed(), now)
         elif now > self.record.deadline:
             if state is TargetState.BUILDING:
                 self._refuse("timeout in BUILDING", now)
@@ -257,11 +260,7 @@ class TargetMigration:
     def _take_over_when_complete(self, now: float) -> None:
         if self._commit is None or not self._kv_complete:
             return
-        assert self._req is not None and self._metadata_slot is not None
-        arrived = self._host.room_in(self._metadata_slot)
-        if arrived != self.record.room:
-            self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
-            return
+        assert self._req is not None
         restore(self._req, self._commit.state, self._replayed)
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
@@ -304,6 +303,15 @@ class TargetMigration:
             ),
         )
 
+    def _arrived_room(self) -> int:
+        return self._host.room_in(self._metadata_slot) if self._metadata_slot is not None else 0
+
+    def _why_failed(self) -> str:
+        arrived = self._arrived_room()
+        if arrived not in (0, self.record.room):
+            return f"metadata of room {arrived} arrived, not of {self.record.room}"
+        return "KV transfer failed at the target"
+
     def _release(self, outcome: str, reason: str, now: float) -> None:
         if self._receiver is not None:
             self._receiver.abort()
@@ -316,7 +324,7 @@ class TargetMigration:
 
     def _close_receiver(self) -> None:
         self._receiver.clear()
-        self._receiver = None
+        self._receiver = self._arrival = None
         if self._metadata_slot is not None:
             self._host.free_metadata(self._metadata_slot)
             self._metadata_slot = None

@@ -88,13 +88,23 @@ class Ownership:
         return internal_rid(self.rid, self.attempt)
 
 
+# Why a migration was commanded.
+MANUAL = "manual"
+POLICY = "policy"
+MEMORY = "memory"
+DRAIN = "drain"
+CAUSES = (MANUAL, POLICY, MEMORY, DRAIN)
+
+
 @dataclass
 class MovingRequest:
-    """A migration that was commanded and has not been reported back. ``rid``: the attempt."""
+    """A migration that was commanded, for ``cause``, and has not been reported back. ``rid``: the
+    attempt."""
 
     rid: str
     source: int
     target: int
+    cause: str = POLICY
 
 
 class ClusterState:
@@ -110,6 +120,7 @@ class ClusterState:
         self.migrations_completed = 0
         self.migration_tokens_sent = 0
         self.migration_tokens_saved = 0
+        self.migrations_by_cause: Counter[str] = Counter()
         self.migrations_refused: Counter[str] = Counter()
         self.migrations_failed: Counter[str] = Counter()
         self.migrations_cancelled: Counter[str] = Counter()
@@ -212,12 +223,14 @@ class ClusterState:
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
         self.migrations_attempted += 1
+        self.migrations_by_cause[move.cause] += 1
         self.moving[migration_id] = move
 
-    def note_migration_result(self, result: MigrationResult) -> bool:
-        """A migration ended; false if it was not known."""
-        if self.moving.pop(result.migration_id, None) is None:
-            return False
+    def note_migration_result(self, result: MigrationResult) -> MovingRequest | None:
+        """A migration ended; what was commanded, if it was."""
+        move = self.moving.pop(result.migration_id, None)
+        if move is None:
+            return None
         self.migration_tokens_sent += result.tokens_sent
         self.migration_tokens_saved += result.tokens_saved
         left_target = result.rid in self._left_target
@@ -236,7 +249,7 @@ class ClusterState:
             self.migrations_cancelled[_key(result.reason)] += 1
         else:
             self.migrations_failed[_key(result.reason)] += 1
-        return True
+        return move
 
     # --- documents --------------------------------------------------------------------------
 
@@ -255,6 +268,7 @@ class ClusterState:
                 "in_flight": len(self.moving),
                 "tokens_sent": self.migration_tokens_sent,
                 "tokens_saved": self.migration_tokens_saved,
+                "causes": {cause: self.migrations_by_cause[cause] for cause in CAUSES},
             },
             "requests": len(self.owners),
         }

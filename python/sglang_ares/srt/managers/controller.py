@@ -32,7 +32,11 @@ from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_o
 from sglang_ares.srt.managers.attempts import public_rid
 from sglang_ares.srt.managers.cluster import WorkerCluster, WorkerProcess
 from sglang_ares.srt.managers.cluster_state import (
+    DRAIN,
     FAILED_FOR_GOOD,
+    MANUAL,
+    MEMORY,
+    POLICY,
     READY,
     ClusterState,
     MovingRequest,
@@ -68,6 +72,7 @@ from sglang_ares.srt.managers.io_struct import (
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.memory_relief import MemoryRelief
 from sglang_ares.srt.managers.recovery import Recovery
 from sglang_ares.srt.managers.runtime_dir import (
     controller_endpoint,
@@ -181,6 +186,11 @@ class AresController(DataParallelController):
             now,
         )
         self._next_round = time.monotonic() + self.ares_args.reschedule_interval
+        self._relief = MemoryRelief(
+            report_interval_s=self.ares_args.report_interval,
+            floor=self.ares_args.memory_floor,
+            reserved_tokens=self.server_args.num_reserved_decode_tokens,
+        )
         self._sequence = 0
         self._next_migration_id = 1
         # Queries of the front that wait for a migration's outcome: (identity, query id).
@@ -359,11 +369,11 @@ class AresController(DataParallelController):
 
     # --- migrations -------------------------------------------------------------------------
 
-    def start_migration(self, rid: str, source: int, target: int) -> int:
+    def start_migration(self, rid: str, source: int, target: int, cause: str) -> int:
         """Command a migration; its id."""
         migration_id = self._next_migration_id
         self._next_migration_id += 1
-        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target))
+        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target, cause))
         command = StartMigration(migration_id=migration_id, rid=rid, target=target)
         self._mailbox.send(str(source), encode(command))
         return migration_id
@@ -379,7 +389,7 @@ class AresController(DataParallelController):
         serving = {w.worker_id for w in self.state.with_role(DECODE)}
         for move in moves:
             if {move.source, move.target} <= serving:
-                self.start_migration(move.rid, move.source, move.target)
+                self.start_migration(move.rid, move.source, move.target, POLICY)
             else:
                 logger.error("the policy planned an impossible move: %s", move)
 
@@ -393,7 +403,7 @@ class AresController(DataParallelController):
             most = max(0, self.ares_args.max_migrations_per_worker - underway)
             limits = msgspec.structs.replace(self._limits, max_moves=most)
             for move in drain_moves(view.load(moving), self.state.loads(DECODE), limits):
-                self.start_migration(move.rid, move.source, move.target)
+                self.start_migration(move.rid, move.source, move.target, DRAIN)
 
     def _on_worker_message(self, frame: bytes) -> None:
         message = self._decode(self._from_workers, frame)
@@ -415,9 +425,14 @@ class AresController(DataParallelController):
             self.state.note_report(message)
             self.empty_draining_workers()
             self.metrics.reported(message)
+            if self.ares_args.memory_relief:
+                for planned in self._relief.plan(message, self.state):
+                    self.start_migration(planned.rid, planned.source, planned.target, MEMORY)
         elif isinstance(message, MigrationResult):
-            if self.state.note_migration_result(message):
-                self.metrics.migrated(message)
+            move = self.state.note_migration_result(message)
+            if move is not None:
+                self.metrics.migrated(message, move.cause)
+                self._relief.note_result(message)
                 self._answer_waiting(message)
         elif isinstance(message, Landed):
             self.metrics.landed(message)
@@ -525,7 +540,7 @@ class AresController(DataParallelController):
             self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
         assert owner is not None
-        migration_id = self.start_migration(owner.name, owner.decode, query.target)
+        migration_id = self.start_migration(owner.name, owner.decode, query.target, MANUAL)
         self._waiting[migration_id] = (identity, query.query_id)
 
     def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:

@@ -36,9 +36,8 @@ class SchedulerMigrationHost:
         self._limits = limits
         self.link = link
         self.worker_id: int = scheduler.ares.worker_id
+        self.speaks: bool = scheduler.ares.speaks
         self.kv_capacity = int(scheduler.max_total_num_tokens)
-        # Requests about to enter a batch with output they did not produce in it.
-        self._resumed: list[Req] = []
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -81,15 +80,12 @@ class SchedulerMigrationHost:
 
     def resume(self, req: Req) -> None:
         """Put a stopped request, or one that has just arrived, into the next batch."""
-        self._resumed.append(req)
         self._scheduler.waiting_queue.append(req)
 
-    def pop_resumed(self, reqs: list[Req], recovered: list[Req]) -> list[Req]:
-        """Those of ``reqs`` that enter the batch with output, ``recovered`` ones among them."""
-        entering = [r for r in self._resumed if any(r is q for q in reqs)] + recovered
-        # The rest still waits, or was aborted while it did.
-        waiting = self._scheduler.waiting_queue
-        self._resumed = [r for r in self._resumed if any(r is q for q in waiting)]
+    def entering_with_output(self, reqs: list[Req]) -> list[Req]:
+        """Those of ``reqs`` that enter the batch with output they did not produce in it: moved,
+        resumed, or retracted before. (The first output token is the prefill worker's.)"""
+        entering = [r for r in reqs if len(r.output_ids) > 1]
         if self._scheduler.enable_overlap:
             for req in entering:
                 setattr(req, RESUMED_WITH_OUTPUT, True)

@@ -61,6 +61,7 @@ class WorkerAgent:
         self.worker_id = spec.worker_id
         self.role = spec.role
         self._incarnation = spec.incarnation
+        self.speaks = speaks
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
         self._mailbox: Mailbox | None = None
@@ -207,17 +208,21 @@ class WorkerAgent:
 
     # --- reports ----------------------------------------------------------------------------
 
+    def report_is_due(self, now: float) -> bool:
+        """Whether the report interval is over."""
+        return now - self._last_report >= self._interval_s
+
     def report_load(self, scheduler: AresScheduler, now: float, *, force: bool = False) -> None:
-        """Tell the controller this worker's load, at most every report interval."""
-        if self._mailbox is None or (not force and now - self._last_report < self._interval_s):
+        """Tell the controller this worker's load, at most every report interval.
+
+        ``now`` is the same on all ranks; those that say nothing only forget their ended requests.
+        """
+        if not force and not self.report_is_due(now):
             return
         self._last_report = now
-        live = {req.rid for req in scheduler.live_requests()}
-        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
-        finished = [r for r in self.received if r not in live and r not in arriving]
-        for rid in finished:
-            del self.received[rid]
-            self._arrived_at.pop(rid, None)
+        finished = self._forget_ended(scheduler)
+        if not self.speaks:
+            return
         step_ms = 1e3 * self._decode_time_s / self._decode_steps if self._decode_steps else 0.0
         self._decode_steps = 0
         self._decode_time_s = 0.0
@@ -225,7 +230,7 @@ class WorkerAgent:
             WorkerReport(
                 worker_id=self.worker_id,
                 incarnation=self._incarnation,
-                load=self._load(scheduler, now),
+                load=self._load(scheduler, now, step_ms),
                 finished=finished,
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
@@ -235,7 +240,17 @@ class WorkerAgent:
             )
         )
 
-    def _load(self, scheduler: AresScheduler, now: float) -> WorkerLoad:
+    def _forget_ended(self, scheduler: AresScheduler) -> list[str]:
+        """Drop what was kept of requests that are not here any more; their rids."""
+        live = {req.rid for req in scheduler.live_requests()}
+        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
+        ended = [r for r in self.received if r not in live and r not in arriving]
+        for rid in ended:
+            del self.received[rid]
+            self._arrived_at.pop(rid, None)
+        return ended
+
+    def _load(self, scheduler: AresScheduler, now: float, step_ms: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
         queued = scheduler.queued_requests()
         capacity = int(scheduler.max_total_num_tokens)
@@ -248,15 +263,22 @@ class WorkerAgent:
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
-            queued_tokens=sum(len(r.origin_input_ids) for r in queued if not r.kv.holds_kv),
-            requests=tuple(self._request_load(scheduler, r, now) for r in (*running, *queued)),
+            queued_tokens=sum(r.seqlen for r in queued if not r.kv.holds_kv),
+            decode_step_ms=step_ms,
+            requests=(
+                *(self._request_load(scheduler, r, now, runs=True) for r in running),
+                *(self._request_load(scheduler, r, now, runs=False) for r in queued),
+            ),
         )
 
-    def _request_load(self, scheduler: AresScheduler, req: Any, now: float) -> RequestLoad:
+    def _request_load(
+        self, scheduler: AresScheduler, req: Any, now: float, *, runs: bool
+    ) -> RequestLoad:
         arrived = self._arrived_at.get(req.rid, now)
         recv_req = self.received.get(req.rid)
         movable = (
             self.role == DECODE
+            and runs
             and len(req.output_ids) > 0
             and recv_req is not None
             and scheduler.is_movable(req, recv_req)

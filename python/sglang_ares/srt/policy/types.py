@@ -34,7 +34,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     ``kv_tokens`` of ``kv_capacity`` tokens are held by requests (the evictable part of the
     prefix cache does not count). ``queued``: requests not yet running. ``queued_tokens``:
-    their prompt tokens, as far as they hold no KV yet.
+    their tokens, as far as they hold no KV yet. ``decode_step_ms``: mean duration of its last
+    decode steps (0: unknown).
     """
 
     worker_id: int
@@ -44,6 +45,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     queued: int
     queued_tokens: int
+    decode_step_ms: float = 0.0
     requests: tuple[RequestLoad, ...] = ()
 
     @property
