@@ -96,7 +96,9 @@ class AresArgs:
         metavar="S",
     )
     max_restarts: int = _flag(
-        5, "How often a worker that died is started anew; after that it is left out."
+        5,
+        "How often a worker that died is started anew before it is left out; ten minutes of "
+        "service wipe the slate clean.",
     )
     max_attempts: int = _flag(
         5, "How often a request is recovered from failing workers before it is given up."

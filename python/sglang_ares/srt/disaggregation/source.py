@@ -362,17 +362,17 @@ class SourceMigration:
         self._enter(SourceState.HANDOVER, now)
 
     def _send_pages(self, end: int, now: float) -> None:
+        self._chunks += 1
+        point = f"source:chunk:{self._chunks}"
+        if self.faults is not None and self.faults.reached(point, self.record):
+            self._sender.abort()
+            return
         pages = self._host.link.pages(self.req, self._sent_tokens, end)
         self._sender.send(pages, None, num_kv_tokens=end - self._sent_tokens)
         self._progress.chunk_sent()
         self._bandwidth.spend(len(pages), now)
         self.record.tokens_sent += end - self._sent_tokens
         self._sent_tokens = end
-        self._chunks += 1
-        if self.faults is not None and self.faults.reached(
-            f"source:chunk:{self._chunks}", self.record
-        ):
-            self._sender.abort()
 
     # --- endings ----------------------------------------------------------------------------
 
