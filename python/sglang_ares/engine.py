@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing as mp
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
 from sglang_ares.srt.platforms.cpu import CPU_DEFAULTS, accelerator_present
+from sglang_ares.srt.security.control_plane import ControlPlane, private_port_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
     server_args._ares_args = ares_args
-    server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
+    server_args._ares_control = ControlPlane.create(ares_args)
     return server_args
 
 
@@ -63,9 +63,10 @@ def _check_model_path(model_path: str) -> None:
         )
 
 
-def front_endpoint(runtime_dir: str) -> str:
-    """Where the controller listens for the front."""
-    return f"ipc://{runtime_dir}/front"
+def control_plane_of(server_args: ServerArgs) -> ControlPlane:
+    """Where the control sockets are, as attached by :func:`prepare_server_args`."""
+    control: ControlPlane = server_args._ares_control
+    return control
 
 
 def ares_args_of(server_args: ServerArgs) -> AresArgs:
@@ -91,7 +92,16 @@ class Engine(UpstreamEngine):
         if server_args is None:
             server_args = ServerArgs(**{"log_level": "error", **default_server_args(), **kwargs})
         super().__init__(server_args=prepare_server_args(server_args, ares_args))
-        self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
+        control = control_plane_of(self.server_args)
+        self._client = FrontClient(control.front.connect, keys=control.keys)
+
+    @classmethod
+    def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
+        """Upstream's, with its sockets in the runtime directory, where only its owner may go."""
+        kwargs["port_args"] = private_port_args(
+            server_args, control_plane_of(server_args).runtime_dir
+        )
+        return super()._launch_subprocesses(server_args=server_args, **kwargs)
 
     @classmethod
     def _launch_scheduler_processes(
@@ -111,7 +121,7 @@ class Engine(UpstreamEngine):
                 server_args,
                 port_args,
                 ares_args_of(server_args),
-                server_args._ares_runtime_dir,
+                control_plane_of(server_args),
                 writer,
             ),
             name="ares-controller",
@@ -138,7 +148,8 @@ class Engine(UpstreamEngine):
         if client := getattr(self, "_client", None):
             client.close()
         super().shutdown()
-        shutil.rmtree(self.server_args._ares_runtime_dir, ignore_errors=True)
+        runtime_dir = control_plane_of(self.server_args).runtime_dir
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
     # --- ARES -------------------------------------------------------------------------------
 

@@ -85,6 +85,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("utils", "kill_process_tree", ("parent_pid", "include_parent"), "launch_server.py"),
     ("utils", "broadcast_pyobj", ("data", "rank", "dist_group", "src"), "scheduler.py"),
     ("utils.network", "get_free_port", (), "cluster.py"),
+    ("utils.network", "get_local_ip_auto", ("fallback",), "control_plane.py"),
     ("utils.network", "get_zmq_socket", ("context", "socket_type", "endpoint", "bind"),
      "controller.py"),
     ("utils.server_args_config_parser", "ConfigArgumentMerger", ("parser",), "launch_server.py"),
@@ -100,7 +101,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("server_args", "ServerArgs.add_cli_args", ("parser",), "launch_server.py"),
     ("server_args", "ServerArgs.from_cli_args", ("args",), "launch_server.py"),
     ("server_args", "ServerArgs.resolve_once", (), "worker_process.py"),
-    ("server_args", "PortArgs.init_new", ("server_args",), "cluster.py"),
+    ("server_args", "PortArgs.init_new", ("server_args",), "control_plane.py"),
     ("arg_groups.arg_utils", "record_fields", ("cls",), "platforms/cpu.py"),
     ("runtime_context", "get_parallel", (), "scheduler.py"),
     ("runtime_context", "get_observability", (), "load_snapshots.py"),
@@ -281,8 +282,8 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang_ares.engine",
         "sglang.srt.entrypoints.engine.Engine",
         (
-            "__init__", "_launch_scheduler_processes", "shutdown", "init_tokenizer_manager_func",
-            "run_detokenizer_process_func",
+            "__init__", "_launch_subprocesses", "_launch_scheduler_processes", "shutdown",
+            "init_tokenizer_manager_func", "run_detokenizer_process_func",
         ),
     ),
     "PrefillOutputStreamer": (
@@ -400,8 +401,8 @@ NOT_UPSTREAMS = {
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.
 OURS = {
-    "server_args": {"_ares_args", "_ares_runtime_dir"},
-    "self.server_args": {"_ares_args", "_ares_runtime_dir"},
+    "server_args": {"_ares_args", "_ares_control"},
+    "self.server_args": {"_ares_args", "_ares_control"},
 }
 # Attributes that upstream sets on an object outside its class, and the module that reads them.
 SET_ELSEWHERE = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing as mp
-import random
-import socket
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -19,6 +17,7 @@ from sglang_ares.srt.managers.io_struct import Peer
 from sglang_ares.srt.managers.worker_process import run_worker_process
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
 from sglang_ares.srt.policy.types import DECODE, PREFILL
+from sglang_ares.srt.security.control_plane import ControlPlane, free_ports, private_port_args
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -69,21 +68,22 @@ class WorkerCluster:
         server_args: ServerArgs,
         port_args: PortArgs,
         ares_args: AresArgs,
-        runtime_dir: str,
-        controller_endpoint: str,
+        control: ControlPlane,
     ) -> None:
         self._ares_args = ares_args
         self.workers: list[WorkerProcess] = []
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
-        ports = _free_ports(len(roles))
+        ports = free_ports(len(roles), taken=control.ports)
         for worker_id, (role, port) in enumerate(zip(roles, ports, strict=True)):
             worker_args = worker_server_args(server_args, role, worker_id, port)
             spec = WorkerSpec(
                 worker_id=worker_id,
                 role=role,
                 server_args=worker_args,
-                control_endpoint=f"ipc://{runtime_dir}/worker-{worker_id}",
-                controller_endpoint=controller_endpoint,
+                control_endpoint=control.workers[worker_id].connect,
+                control_bind=control.workers[worker_id].bind,
+                curve_keys=control.keys,
+                controller_endpoint=control.controller.connect,
                 bootstrap_host=_LOOPBACK,
                 bootstrap_port=port,
                 report_interval_s=ares_args.report_interval,
@@ -95,7 +95,9 @@ class WorkerCluster:
                 cluster_size=len(roles),
                 loads_instance_id=port_args.instance_id,
             )
-            self.workers.append(WorkerProcess(spec, _worker_port_args(worker_args, port_args)))
+            self.workers.append(
+                WorkerProcess(spec, _worker_port_args(worker_args, port_args, control.runtime_dir))
+            )
 
     def start(self) -> None:
         """Start every process and wait until all have loaded the model."""
@@ -193,24 +195,12 @@ def _declared_default(server_args: ServerArgs, name: str) -> Any:
     return next(f.default for f in msgspec.structs.fields(type(server_args)) if f.name == name)
 
 
-def _worker_port_args(worker_args: ServerArgs, front: PortArgs) -> PortArgs:
+def _worker_port_args(worker_args: ServerArgs, front: PortArgs, runtime_dir: str) -> PortArgs:
     """Sockets of its own for a worker, but the front's tokenizer and detokenizer."""
-    port_args = PortArgs.init_new(worker_args)
+    port_args = private_port_args(worker_args, runtime_dir)
     port_args.tokenizer_ipc_name = front.tokenizer_ipc_name
     port_args.detokenizer_ipc_name = front.detokenizer_ipc_name
     return port_args
-
-
-def _free_ports(count: int) -> list[int]:
-    """Distinct TCP ports nobody listens on, below the range that outgoing connections draw from:
-    a worker binds its port only once it has loaded."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex((_LOOPBACK, port)) != 0:
-                ports.add(port)
-    return sorted(ports)
 
 
 def _process_context(worker_args: ServerArgs) -> BaseContext:

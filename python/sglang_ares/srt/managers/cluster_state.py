@@ -163,11 +163,11 @@ class ClusterState:
 
     # --- documents --------------------------------------------------------------------------
 
-    def status(self, policies: dict[str, str]) -> dict[str, Any]:
-        """The body of ``GET /ares/status``."""
+    def status(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The body of ``GET /ares/status``; ``settings`` stand first in it."""
         return {
             "uptime_s": time.monotonic() - self.started_at,
-            **policies,
+            **settings,
             "workers": [self._worker_status(w) for w in self.workers.values()],
             "migrations": {
                 "attempted": self.migrations_attempted,
@@ -200,6 +200,7 @@ class ClusterState:
                 migrations_in=report.migrations_in,
                 migrations_out=report.migrations_out,
                 retracted=report.retracted,
+                dropped_frames=report.dropped_frames,
                 decode_step_ms=report.decode_step_ms,
                 pools=msgspec.to_builtins(report.pools),
             )

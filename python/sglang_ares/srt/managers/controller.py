@@ -44,17 +44,22 @@ from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from sglang_ares.srt.security.dropped import DroppedFrames
+from sglang_ares.srt.security.sockets import BoundSocket
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.security.control_plane import ControlPlane
 
 logger = logging.getLogger(__name__)
 
 # Longest sleep of the event loop; bounds how late a rescheduling round can be.
 _POLL_MS = 200
+# Most queries of the front answered before the loop turns to the workers again.
+_FRONT_MESSAGES = 256
 
 
 class WorkerDiedError(RuntimeError):
@@ -68,21 +73,28 @@ class AresController(DataParallelController):
     """
 
     ares_args: ClassVar[AresArgs]
-    runtime_dir: ClassVar[str]
+    control: ClassVar[ControlPlane]
 
     # --- construction: upstream's steps -----------------------------------------------------
 
     def launch_dp_schedulers(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         """Start the workers, connect to them and introduce them to each other."""
-        from sglang_ares.engine import front_endpoint
-
-        self._mailbox = Mailbox(self.context, f"ipc://{self.runtime_dir}/controller")
-        self._front = self.context.socket(zmq.ROUTER)
-        self._front.setsockopt(zmq.LINGER, 0)
-        self._front.bind(front_endpoint(self.runtime_dir))
-        self.cluster = WorkerCluster(
-            server_args, port_args, self.ares_args, self.runtime_dir, self._mailbox.endpoint
+        keys = self.control.keys
+        # Kept: it stops when nobody refers to it any more.
+        self._admission = keys and keys.admit(self.context)
+        self.dropped = DroppedFrames("controller")
+        self.dropped_front = DroppedFrames("front")
+        self._mailbox = Mailbox(
+            self.context, self.control.controller.bind, keys=keys, dropped=self.dropped
         )
+        self._front = BoundSocket(
+            self.context,
+            zmq.ROUTER,
+            self.control.front.bind,
+            keys=keys,
+            dropped=self.dropped_front,
+        )
+        self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.control)
         self.workers = [
             get_zmq_socket(self.context, zmq.PUSH, w.port_args.scheduler_input_ipc_name, True)
             for w in self.cluster.workers
@@ -136,7 +148,6 @@ class AresController(DataParallelController):
         # Queries of the front that wait for a migration's outcome: (identity, query id).
         self._waiting: dict[int, tuple[bytes, int]] = {}
         self._seeds = SampleSeeds()
-        self.dropped_frames = 0
         self.metrics = ControllerMetrics.create(self.server_args)
 
     def init_dispatcher(self) -> None:
@@ -212,10 +223,12 @@ class AresController(DataParallelController):
                 logger.error("the policy planned an impossible move: %s", move)
 
     def _on_worker_message(self, frame: bytes) -> None:
-        message = self._decode(self._from_workers, frame)
+        message = self._decode(self._from_workers, frame, self.dropped)
         if isinstance(message, WorkerReport):
             self.state.note_report(message)
             self.metrics.reported(message)
+            for own in (self.dropped, self.dropped_front):
+                self.metrics.dropped(own.where, own.total)
         elif isinstance(message, MigrationResult):
             if self.state.note_migration_result(message):
                 self.metrics.migrated(message)
@@ -242,13 +255,15 @@ class AresController(DataParallelController):
     # --- the front --------------------------------------------------------------------------
 
     def _on_front_message(self, identity: bytes, frame: bytes) -> None:
-        query = self._decode(self._from_front, frame)
+        query = self._decode(self._from_front, frame, self.dropped_front)
         if isinstance(query, StatusQuery):
-            policies = {
+            settings = {
                 "placement": self.ares_args.placement,
                 "rescheduling": self.ares_args.rescheduling,
+                "runtime_dir": self.control.runtime_dir,
+                "dropped_frames": {d.where: d.total for d in (self.dropped, self.dropped_front)},
             }
-            self._reply(identity, query.query_id, 200, self.state.status(policies))
+            self._reply(identity, query.query_id, 200, self.state.status(settings))
         elif isinstance(query, RequestsQuery):
             self._reply(identity, query.query_id, 200, self.state.requests())
         elif isinstance(query, MigrateQuery):
@@ -278,15 +293,13 @@ class AresController(DataParallelController):
 
     def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:
         reply = QueryReply(query_id=query_id, status=status, body=msgspec.json.encode(body))
-        self._front.send_multipart([identity, encode(reply)])
+        self._front.socket.send_multipart([identity, encode(reply)])
 
-    def _decode(self, decoder: Decoder, frame: bytes) -> Any:
+    def _decode(self, decoder: Decoder, frame: bytes, dropped: DroppedFrames) -> Any:
         try:
             return decoder.decode(frame)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            self.dropped_frames += 1
-            self.metrics.dropped_frame()
-            logger.warning("dropped a malformed message: %s", error)
+            dropped.count(f"malformed: {error}")
             return None
 
     # --- the event loop ---------------------------------------------------------------------
@@ -294,7 +307,7 @@ class AresController(DataParallelController):
     def event_loop(self) -> None:
         """Serve until a worker dies or the front goes away."""
         poller = zmq.Poller()
-        for socket in (self.recv_from_tokenizer, self._mailbox.socket, self._front):
+        for socket in (self.recv_from_tokenizer, self._mailbox.socket, self._front.socket):
             poller.register(socket, zmq.POLLIN)
         for sentinel in self.cluster.sentinels:
             poller.register(sentinel, zmq.POLLIN)
@@ -321,14 +334,7 @@ class AresController(DataParallelController):
                 self._request_dispatcher(received)
 
     def _serve_front(self) -> None:
-        while True:
-            try:
-                identity, frame = self._front.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except ValueError:
-                self.dropped_frames += 1
-                continue
+        for identity, frame in self._front.receive(parts=2, limit=_FRONT_MESSAGES):
             self._on_front_message(identity, frame)
 
     def _reschedule_when_due(self) -> None:
@@ -351,7 +357,7 @@ def run_controller_process(
     server_args: ServerArgs,
     port_args: PortArgs,
     ares_args: AresArgs,
-    runtime_dir: str,
+    control: ControlPlane,
     writer: Connection,
 ) -> None:
     """Entry point of the controller's process."""
@@ -359,6 +365,6 @@ def run_controller_process(
 
     leave_ctrl_c_to_the_front()
     AresController.ares_args = ares_args
-    AresController.runtime_dir = runtime_dir
+    AresController.control = control
     hook_controller(AresController)
     run_data_parallel_controller_process(server_args, port_args, writer)

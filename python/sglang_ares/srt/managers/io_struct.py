@@ -67,6 +67,7 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     """A worker's load, and the requests that left it since its last report.
 
     ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
+    ``dropped_frames``: control messages this worker has not let in since its start.
     """
 
     worker_id: int
@@ -77,6 +78,7 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     migrations_out: int
     retracted: int
     decode_step_ms: float
+    dropped_frames: int = 0
 
 
 class MigrationResult(Message, frozen=True, kw_only=True):

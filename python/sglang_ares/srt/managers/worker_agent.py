@@ -22,6 +22,7 @@ from sglang_ares.srt.managers.io_struct import (
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.policy.types import DECODE, RequestLoad, WorkerLoad
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -54,16 +55,21 @@ class WorkerAgent:
         self.role = spec.role
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
+        self.dropped = DroppedFrames(f"worker-{spec.worker_id}")
         self._mailbox: Mailbox | None = None
         if speaks:
-            self._mailbox = Mailbox(zmq.Context(1), spec.control_endpoint)
+            context = zmq.Context(1)
+            # Kept: it stops when nobody refers to it any more.
+            self._admission = spec.curve_keys and spec.curve_keys.admit(context)
+            self._mailbox = Mailbox(
+                context, spec.control_bind, keys=spec.curve_keys, dropped=self.dropped
+            )
             self._mailbox.connect(CONTROLLER, spec.controller_endpoint)
         # What the front sent for each live request, to send along when it moves.
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self._arrived_at: dict[str, float] = {}
         self._landings: list[_Landing] = []
         self._last_report = float("-inf")
-        self._dropped_frames = 0
         self._decode_steps = 0
         self._decode_time_s = 0.0
         self._last_step_end: float | None = None
@@ -85,8 +91,7 @@ class WorkerAgent:
         try:
             message: Message = self._decoder.decode(frame)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            self._dropped_frames += 1
-            logger.warning("dropped a malformed control message: %s", error)
+            self.dropped.count(f"malformed: {error}")
             return None
         return message
 
@@ -172,6 +177,7 @@ class WorkerAgent:
                 migrations_out=len(scheduler.outbound_migrations()),
                 retracted=self.retracted,
                 decode_step_ms=step_ms,
+                dropped_frames=self.dropped.total,
             )
         )
 

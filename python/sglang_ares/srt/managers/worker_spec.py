@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
+from sglang_ares.srt.security.curve import CurveKeys
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WorkerSpec:
     """One worker. ``server_args`` are upstream's, already set to the worker's role;
-    ``loads_instance_id`` names the shared memory that ``/v1/loads`` reads."""
+    ``loads_instance_id`` names the shared memory that ``/v1/loads`` reads. The mailbox listens on
+    ``control_bind``; others reach it at ``control_endpoint``."""
 
     worker_id: int
     role: str
@@ -28,3 +30,5 @@ class WorkerSpec:
     seeded_sampling: bool
     cluster_size: int
     loads_instance_id: str
+    control_bind: str
+    curve_keys: CurveKeys | None

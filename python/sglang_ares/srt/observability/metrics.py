@@ -38,7 +38,12 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("worker_retractions_total", "gauge", ("worker", "role"), "Requests retracted since start."),
     ("decode_step_seconds", "gauge", ("worker", "role"), "Mean decode step since last report."),
     ("imbalance_ratio", "gauge", (), "Most resident tokens of a decode worker over the mean."),
-    ("dropped_control_frames_total", "counter", (), "Malformed control messages dropped."),
+    (
+        "dropped_control_frames_total",
+        "counter",
+        ("where",),
+        "Control messages not let in, by receiver (controller, front, worker-N).",
+    ),
 )
 
 
@@ -51,6 +56,7 @@ class ControllerMetrics:
         self._model_name = model_name
         self._series: dict[str, Any] = {}
         self._decode_tokens: dict[int, int] = {}
+        self._dropped: dict[str, int] = {}
         for name, kind, labels, text in SERIES:
             full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
             if kind == "counter":
@@ -98,15 +104,21 @@ class ControllerMetrics:
         self._of("worker_queued_requests", **where).set(load.queued)
         self._of("worker_retractions_total", **where).set(report.retracted)
         self._of("decode_step_seconds", **where).set(report.decode_step_ms / 1e3)
+        self.dropped(f"worker-{report.worker_id}", report.dropped_frames)
         if load.role == "decode":
             self._decode_tokens[load.worker_id] = load.kv_tokens
             mean = sum(self._decode_tokens.values()) / len(self._decode_tokens)
             ratio = max(self._decode_tokens.values()) / mean if mean else 1.0
             self._of("imbalance_ratio").set(ratio)
 
-    def dropped_frame(self) -> None:
-        """A malformed message was dropped."""
-        self._of("dropped_control_frames_total").inc()
+    def dropped(self, where: str, total: int) -> None:
+        """A receiver has dropped ``total`` messages since it started."""
+        before = self._dropped.get(where, 0)
+        self._dropped[where] = total
+        # Less than before: it has been started anew.
+        self._of("dropped_control_frames_total", where=where).inc(
+            total - before if total >= before else total
+        )
 
 
 class _NoMetrics(ControllerMetrics):
@@ -122,4 +134,4 @@ class _NoMetrics(ControllerMetrics):
 
     def reported(self, report: WorkerReport) -> None: ...
 
-    def dropped_frame(self) -> None: ...
+    def dropped(self, where: str, total: int) -> None: ...
