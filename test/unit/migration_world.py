@@ -23,6 +23,7 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts
 from sglang_ares.srt.disaggregation.kv_link import CopyProgress
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
@@ -37,6 +38,7 @@ from sglang_ares.srt.managers.io_struct import (
     WorkerInbound,
     encode,
 )
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 PROMPT_TOKEN = 7_000
 
@@ -310,6 +312,15 @@ class Link:
 # --- a worker -------------------------------------------------------------------------------
 
 
+class StrictlyDropped(DroppedFrames):
+    """What the product survives, a test must see: errors while handling a message go on."""
+
+    def count(self, reason: str, *, error: BaseException | None = None) -> None:
+        super().count(reason)
+        if error is not None:
+            raise error
+
+
 class Worker:
     """A decode worker: upstream's loop in miniature, and ``MigrationHost`` for the manager.
 
@@ -328,6 +339,8 @@ class Worker:
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self.building: list[Req] = []
         self.refuses: str | None = None
+        self.facts = WorkerFacts(vocab_size=10_000, max_tokens=world.pages)
+        self.dropped = StrictlyDropped(f"worker-{worker_id}")
         self.manager = MigrationManager(self, world.limits)
         self.manager.connect(
             [
@@ -471,6 +484,9 @@ class Worker:
         return self.memory.metadata[slot]
 
     def refusal(self, offer: Offer) -> str | None:
+        rid = offer.spec.rid
+        if any(r.rid == rid for r in (*self.running, *self.waiting)):
+            return "the request is here already"
         if len(self.manager.inbound) > self.world.limits.max_inbound:
             return "too many migrations inbound"
         return self.refuses
@@ -587,6 +603,8 @@ class World:
 
     def submit(self, rid: str, *, worker: int = 0, prompt: int = 5, max_new: int = 40) -> Req:
         """A request that starts to decode on ``worker``, its prompt's KV present."""
+        params = SamplingParams(max_new_tokens=max_new)
+        params.normalize(None)  # as upstream's front does
         recv_req = TokenizedGenerateReqInput(
             rid=rid,
             input_text=None,
@@ -594,7 +612,7 @@ class World:
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
-            sampling_params=SamplingParams(max_new_tokens=max_new),
+            sampling_params=params,
             return_logprob=False,
             logprob_start_len=-1,
             top_logprobs_num=0,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import accept_fault
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -17,7 +18,15 @@ from sglang_ares.srt.disaggregation.migration import (
     SourceState,
 )
 from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, spec_of
-from sglang_ares.srt.managers.io_struct import Cancel, Commit, ForwardAbort, Message, Offer
+from sglang_ares.srt.managers.io_struct import (
+    Accept,
+    Cancel,
+    Commit,
+    ForwardAbort,
+    Message,
+    Offer,
+)
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -31,6 +40,7 @@ class SourceHost(Protocol):
 
     worker_id: int
     link: KvLink
+    dropped: DroppedFrames
 
     def is_running(self, req: Req) -> bool:
         """Whether the request decodes here."""
@@ -155,14 +165,22 @@ class SourceMigration:
 
     # --- messages ---------------------------------------------------------------------------
 
-    def on_accept(self, prefix_tokens: int) -> None:
-        """The target has reserved memory and holds the first ``prefix_tokens`` already."""
+    def on_accept(self, accept: Accept) -> None:
+        """The target has reserved memory and holds a prefix of the tokens already."""
+        fault = accept_fault(accept, self.record.tokens, self._host.link.page_size)
+        if self.record.state is SourceState.CANCELLING:
+            return
+        if self.record.state is not SourceState.OFFERED or self._accepted:
+            fault = f"it is {self.record.state.value} already"
+        if fault is not None:
+            self._host.dropped.count(f"Accept of migration {accept.migration_id}: {fault}")
+            return
         self._accepted = True
-        self._sent_tokens = prefix_tokens
+        self._sent_tokens = accept.prefix_tokens
 
     def on_refuse(self, reason: str, now: float) -> None:
         """The target does not take it; the request never stopped."""
-        if self.record.state is SourceState.OFFERED:
+        if self.record.state is SourceState.OFFERED and not self._accepted:
             self._finish(SourceState.ENDED, REFUSED, reason, now)
 
     def on_committed(self, now: float) -> None:
@@ -173,7 +191,8 @@ class SourceMigration:
 
     def on_cancelled(self, now: float) -> None:
         """The target has let go: the request goes on here."""
-        if self.record.state is SourceState.RECALLING:
+        # Before it is asked to, the target has not let go, whoever says so.
+        if self.record.state is SourceState.RECALLING and self._cancel_sent:
             self._resume()
             self._finish(SourceState.ENDED, FAILED, self.record.reason, now)
             if self._aborted_by_client:
@@ -181,6 +200,10 @@ class SourceMigration:
 
     def on_transfer_failed(self, reason: str, now: float) -> None:
         """The KV did not arrive."""
+        self._give_up(FAILED, reason, now)
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong."""
         self._give_up(FAILED, reason, now)
 
     def on_abort(self, now: float) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts, commit_fault, offer_fault
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -27,6 +28,8 @@ from sglang_ares.srt.managers.io_struct import (
     Refuse,
     TransferFailed,
 )
+from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -39,6 +42,8 @@ class TargetHost(Protocol):
 
     worker_id: int
     link: KvLink
+    facts: WorkerFacts
+    dropped: DroppedFrames
 
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker cannot take the request, if it cannot."""
@@ -117,6 +122,11 @@ class TargetMigration:
 
     def start(self, now: float) -> None:
         """Refuse, or build the request."""
+        fault = offer_fault(self._offer, self._host.facts)
+        if fault is not None:
+            self._host.dropped.count(f"Offer of migration {self.record.migration_id}: {fault}")
+            self._refuse(f"invalid offer: {fault}"[:MAX_REASON_CHARS], now)
+            return
         reason = self._host.refusal(self._offer)
         if reason is not None:
             self._refuse(reason, now)
@@ -141,13 +151,13 @@ class TargetMigration:
         if slot is None:
             self._refuse("no metadata slot", now)
             return
+        self._metadata_slot = slot
         prefix = self._host.reserve(req, self._offer)
         if prefix is None:
-            self._host.free_metadata(slot)
+            self._free()
             self._refuse("no KV memory", now)
             return
         self._req = req
-        self._metadata_slot = slot
         self._prefix_tokens = prefix
         self._receiver = self._host.link.open_receiver(
             self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
@@ -156,9 +166,18 @@ class TargetMigration:
 
     def on_commit(self, commit: Commit, now: float) -> None:
         """The source has stopped; take over when the KV is complete too."""
-        if self.record.state is TargetState.RECEIVING:
+        fault = commit_fault(commit, self._offer, self._host.facts)
+        if self.record.state is TargetState.ABORTING:
+            return
+        expected = self.record.state is TargetState.RECEIVING and self._commit is None
+        if expected and fault is None:
             self._commit = commit
             self._take_over_when_complete(now)
+            return
+        fault = fault or f"it is {self.record.state.value}, or was sent before"
+        self._host.dropped.count(f"Commit of migration {self.record.migration_id}: {fault}")
+        if expected:
+            self._fail(f"invalid state: {fault}"[:MAX_REASON_CHARS], now)
 
     def on_forward_abort(self) -> None:
         """The client aborted after ``Commit``; applied at take-over."""
@@ -226,7 +245,13 @@ class TargetMigration:
         if arrived != self.record.room:
             self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
             return
-        restore(self._req, self._commit.state)
+        try:
+            restore(self._req, self._commit.state)
+        except Exception as error:
+            # A grammar that does not accept the output; the source takes the request back.
+            self._host.dropped.count("Commit: the state cannot be restored", error=error)
+            self._fail("invalid state: it cannot be restored", now)
+            return
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
         self._close_receiver()
@@ -241,6 +266,14 @@ class TargetMigration:
         )
 
     # --- endings ----------------------------------------------------------------------------
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong: refuse as long as no KV can be on its way, else fail."""
+        if self.record.state is TargetState.BUILDING:
+            self._free()
+            self._refuse(reason, now)
+        elif self.record.state in (TargetState.RESERVED, TargetState.RECEIVING):
+            self._fail(reason, now)
 
     def _refuse(self, reason: str, now: float) -> None:
         self.record.outcome = REFUSED
@@ -269,18 +302,22 @@ class TargetMigration:
         )
 
     def _release(self, outcome: str, reason: str, now: float) -> None:
-        if self._receiver is not None:
-            self._receiver.abort()
-            self._close_receiver()
-        if self._req is not None:
-            self._host.unreserve(self._req)
+        self._free()
         self.record.outcome = FAILED if self.record.state is TargetState.ABORTING else outcome
         self.record.reason = self.record.reason or reason
         self._enter(TargetState.RELEASED, now)
 
+    def _free(self) -> None:
+        if self._receiver is not None:
+            self._receiver.abort()
+        self._close_receiver()
+        if self._req is not None:
+            self._host.unreserve(self._req)
+
     def _close_receiver(self) -> None:
-        self._receiver.clear()
-        self._receiver = None
+        if self._receiver is not None:
+            self._receiver.clear()
+            self._receiver = None
         if self._metadata_slot is not None:
             self._host.free_metadata(self._metadata_slot)
             self._metadata_slot = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -10,13 +10,14 @@ from fastapi.responses import Response
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
+from sglang_ares.srt.security.bounds import Rid, WorkerId
 
 
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/migrate``."""
 
-    rid: str
-    target: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    rid: Rid
+    target: WorkerId
 
 
 def add_ares_routes(app: FastAPI, client: FrontClient) -> None:

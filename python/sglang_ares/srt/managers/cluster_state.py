@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
-from sglang_ares.srt.managers.io_struct import MigrationResult, WorkerReport
+from sglang_ares.srt.managers.io_struct import Landed, MigrationResult, WorkerReport
 from sglang_ares.srt.policy.types import DECODE, WorkerLoad
 
 
@@ -114,6 +114,25 @@ class ClusterState:
         self.owners[rid] = Ownership(prefill, decode, time.monotonic())
         for worker_id in (prefill, decode):
             self.workers[worker_id].dispatched[rid] = prompt_tokens
+
+    def fault(self, message: WorkerReport | MigrationResult | Landed) -> str | None:
+        """What is wrong with a worker's message that decodes, if anything."""
+        if isinstance(message, WorkerReport):
+            view = self.workers.get(message.worker_id)
+            if view is None:
+                return f"there is no worker {message.worker_id}"
+            if (message.load.worker_id, message.load.role) != (view.worker_id, view.role):
+                return f"the load is not one of {view.role} worker {view.worker_id}"
+        elif isinstance(message, MigrationResult):
+            known = self.moving.get(message.migration_id)
+            if known != MovingRequest(message.rid, message.source, message.target):
+                return f"migration {message.migration_id} is not under way, or another one"
+        elif (
+            message.worker_id not in self.workers
+            or not 0 < message.migration_id <= self.migrations_attempted
+        ):
+            return f"worker {message.worker_id} or migration {message.migration_id} is unknown"
+        return None
 
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +45,7 @@ from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from sglang_ares.srt.security.bounds import MAX_RID_CHARS
 from sglang_ares.srt.security.dropped import DroppedFrames
 from sglang_ares.srt.security.sockets import BoundSocket
 
@@ -174,7 +176,8 @@ class AresController(DataParallelController):
         req.bootstrap_room = random.SystemRandom().getrandbits(62)
         sock_send(self.workers[prefill], req)
         sock_send(self.workers[decode], req)
-        self.state.note_dispatch(req.rid, prefill, decode, new.prompt_tokens)
+        if len(req.rid) <= MAX_RID_CHARS:  # else reports do not list it, and it cannot move
+            self.state.note_dispatch(req.rid, prefill, decode, new.prompt_tokens)
         self.metrics.dispatched(prefill, PREFILL)
         self.metrics.dispatched(decode, DECODE)
 
@@ -224,6 +227,10 @@ class AresController(DataParallelController):
 
     def _on_worker_message(self, frame: bytes) -> None:
         message = self._decode(self._from_workers, frame, self.dropped)
+        fault = self.state.fault(message) if message is not None else None
+        if fault is not None:
+            self.dropped.count(f"{type(message).__name__}: {fault}")
+            return
         if isinstance(message, WorkerReport):
             self.state.note_report(message)
             self.metrics.reported(message)
@@ -317,7 +324,7 @@ class AresController(DataParallelController):
             poller.poll(max(0, min(_POLL_MS, until_round_ms)))
             self._serve_tokenizer()
             for frame in self._mailbox.drain():
-                self._on_worker_message(frame)
+                self._safely(self.dropped, self._on_worker_message, frame)
             self._serve_front()
             self._reschedule_when_due()
             self._check_workers()
@@ -335,7 +342,14 @@ class AresController(DataParallelController):
 
     def _serve_front(self) -> None:
         for identity, frame in self._front.receive(parts=2, limit=_FRONT_MESSAGES):
-            self._on_front_message(identity, frame)
+            self._safely(self.dropped_front, self._on_front_message, identity, frame)
+
+    def _safely(self, dropped: DroppedFrames, handle: Callable[..., None], *args: Any) -> None:
+        """A message that cannot be handled is dropped; the cluster goes on."""
+        try:
+            handle(*args)
+        except Exception as error:
+            dropped.count("it could not be handled", error=error)
 
     def _reschedule_when_due(self) -> None:
         now = time.monotonic()

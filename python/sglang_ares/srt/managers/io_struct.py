@@ -3,19 +3,36 @@
 Directions: controller → worker (``ConnectPeers``, ``StartMigration``), worker → controller
 (``WorkerReport``, ``MigrationResult``, ``Landed``), worker → worker (``Offer`` … ``ForwardAbort``,
 in the order of the protocol), front ↔ controller (``…Query``/``…Reply``). On the wire a message
-is one msgpack array whose first element is its class name; :func:`decode` checks every type.
+is one msgpack array whose first element is its class name. :class:`Decoder` checks every type and
+bound; what a field means is checked where it is used (``disaggregation/checks.py``, the managers).
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any
 
 import msgspec
 
 from sglang_ares.srt.disaggregation.request_state import RequestSpec, RequestState
 from sglang_ares.srt.policy.types import WorkerLoad
-
-MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+from sglang_ares.srt.security.bounds import (
+    MAX_LISTED,
+    Address,
+    ClockDifference,
+    Count,
+    HostName,
+    HttpStatus,
+    Outcome,
+    Port,
+    Reason,
+    Rid,
+    Role,
+    Room,
+    Seconds,
+    SequenceId,
+    WorkerId,
+)
+from sglang_ares.srt.security.sockets import MAX_MESSAGE_BYTES
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -28,25 +45,25 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach one worker: its control endpoint (ZMQ) and its KV bootstrap server."""
 
-    worker_id: int
-    role: str
-    control_endpoint: str
-    bootstrap_host: str
-    bootstrap_port: int
+    worker_id: WorkerId
+    role: Role
+    control_endpoint: Address
+    bootstrap_host: HostName
+    bootstrap_port: Port
 
 
 class ConnectPeers(Message, frozen=True, kw_only=True):
     """All workers of the cluster; sent once every worker is up."""
 
-    peers: list[Peer]
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=4096)]
 
 
 class StartMigration(Message, frozen=True, kw_only=True):
     """Move ``rid`` to worker ``target``."""
 
-    migration_id: int
-    rid: str
-    target: int
+    migration_id: SequenceId
+    rid: Rid
+    target: WorkerId
 
 
 # --- worker -> controller -------------------------------------------------------------------
@@ -55,11 +72,11 @@ class StartMigration(Message, frozen=True, kw_only=True):
 class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
     """What the integrity check compares: free slots, and KV tokens by owner."""
 
-    kv_free: int
-    kv_cached: int
-    request_slots_free: int
-    metadata_slots_free: int
-    requests: int
+    kv_free: Count
+    kv_cached: Count
+    request_slots_free: Count
+    metadata_slots_free: Count
+    requests: Count
     idle: bool
 
 
@@ -70,15 +87,15 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     ``dropped_frames``: control messages this worker has not let in since its start.
     """
 
-    worker_id: int
+    worker_id: WorkerId
     load: WorkerLoad
-    finished: list[str]
+    finished: Annotated[list[Rid], msgspec.Meta(max_length=MAX_LISTED)]
     pools: PoolCounters
-    migrations_in: int
-    migrations_out: int
-    retracted: int
-    decode_step_ms: float
-    dropped_frames: int = 0
+    migrations_in: Count
+    migrations_out: Count
+    retracted: Count
+    decode_step_ms: Seconds
+    dropped_frames: Count = 0
 
 
 class MigrationResult(Message, frozen=True, kw_only=True):
@@ -88,25 +105,25 @@ class MigrationResult(Message, frozen=True, kw_only=True):
     ``duration_s``: from the command to the end. ``kv_bytes``: bytes of KV sent.
     """
 
-    migration_id: int
-    rid: str
-    source: int
-    target: int
-    outcome: str
-    reason: str
-    tokens: int
-    kv_bytes: int
-    duration_s: float
+    migration_id: SequenceId
+    rid: Rid
+    source: WorkerId
+    target: WorkerId
+    outcome: Outcome
+    reason: Reason
+    tokens: Count
+    kv_bytes: Count
+    duration_s: Seconds
 
 
 class Landed(Message, frozen=True, kw_only=True):
     """The target emitted its first token of a moved request ``blackout_s`` after the last one
     of the source (wall clocks of both hosts)."""
 
-    migration_id: int
-    rid: str
-    worker_id: int
-    blackout_s: float
+    migration_id: SequenceId
+    rid: Rid
+    worker_id: WorkerId
+    blackout_s: ClockDifference
 
 
 # --- worker -> worker -----------------------------------------------------------------------
@@ -116,11 +133,11 @@ class Offer(Message, frozen=True, kw_only=True):
     """Source: take this request? It holds ``tokens`` of KV now and may grow by ``headroom``
     until the hand-over. ``room`` names the KV transfer."""
 
-    migration_id: int
-    source: int
-    room: int
-    tokens: int
-    headroom: int
+    migration_id: SequenceId
+    source: WorkerId
+    room: Room
+    tokens: Count
+    headroom: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
     spec: RequestSpec
     output_ids: bytes
 
@@ -128,17 +145,17 @@ class Offer(Message, frozen=True, kw_only=True):
 class Accept(Message, frozen=True, kw_only=True):
     """Target: memory is reserved; send KV from token ``prefix_tokens`` on."""
 
-    migration_id: int
-    worker_id: int
-    prefix_tokens: int
+    migration_id: SequenceId
+    worker_id: WorkerId
+    prefix_tokens: Count
 
 
 class Refuse(Message, frozen=True, kw_only=True):
     """Target: no, for ``reason`` (a key of the refusal table, then free text)."""
 
-    migration_id: int
-    worker_id: int
-    reason: str
+    migration_id: SequenceId
+    worker_id: WorkerId
+    reason: Reason
 
 
 class Commit(Message, frozen=True, kw_only=True):
@@ -147,48 +164,48 @@ class Commit(Message, frozen=True, kw_only=True):
     ``stopped_at``: wall clock (s) of the last step on the source.
     """
 
-    migration_id: int
-    source: int
-    tokens: int
+    migration_id: SequenceId
+    source: WorkerId
+    tokens: Count
     state: RequestState
-    stopped_at: float
+    stopped_at: Seconds
 
 
 class Committed(Message, frozen=True, kw_only=True):
     """Target: state and KV are complete; it owns the request from here on."""
 
-    migration_id: int
-    worker_id: int
+    migration_id: SequenceId
+    worker_id: WorkerId
 
 
 class Cancel(Message, frozen=True, kw_only=True):
     """Source: forget this migration; no byte of it is in flight any more."""
 
-    migration_id: int
-    source: int
-    reason: str
+    migration_id: SequenceId
+    source: WorkerId
+    reason: Reason
 
 
 class Cancelled(Message, frozen=True, kw_only=True):
     """Target: forgotten, its memory is free again; the source owns the request."""
 
-    migration_id: int
-    worker_id: int
+    migration_id: SequenceId
+    worker_id: WorkerId
 
 
 class TransferFailed(Message, frozen=True, kw_only=True):
     """Target: the KV did not arrive; it waits for ``Cancel`` before it frees the memory."""
 
-    migration_id: int
-    worker_id: int
-    reason: str
+    migration_id: SequenceId
+    worker_id: WorkerId
+    reason: Reason
 
 
 class ForwardAbort(Message, frozen=True, kw_only=True):
     """Source: the client aborted the request after ``Commit`` had gone out."""
 
-    migration_id: int
-    source: int
+    migration_id: SequenceId
+    source: WorkerId
 
 
 # --- front <-> controller -------------------------------------------------------------------
@@ -197,28 +214,28 @@ class ForwardAbort(Message, frozen=True, kw_only=True):
 class StatusQuery(Message, frozen=True, kw_only=True):
     """Ask for the cluster's status."""
 
-    query_id: int
+    query_id: SequenceId
 
 
 class RequestsQuery(Message, frozen=True, kw_only=True):
     """Ask for the live requests."""
 
-    query_id: int
+    query_id: SequenceId
 
 
 class MigrateQuery(Message, frozen=True, kw_only=True):
     """Ask for a migration, and for its outcome."""
 
-    query_id: int
-    rid: str
-    target: int
+    query_id: SequenceId
+    rid: Rid
+    target: WorkerId
 
 
 class QueryReply(Message, frozen=True, kw_only=True):
     """Answer to any query: an HTTP status and a JSON document (as bytes)."""
 
-    query_id: int
-    status: int
+    query_id: SequenceId
+    status: HttpStatus
     body: bytes
 
 

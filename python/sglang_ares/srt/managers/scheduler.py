@@ -15,7 +15,7 @@ from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
-from sglang_ares.srt.managers.io_struct import ConnectPeers, StartMigration
+from sglang_ares.srt.managers.io_struct import ConnectPeers
 from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from sglang_ares.srt.managers.output_streamer import DecodeOutputStreamer, PrefillOutputStreamer
@@ -102,12 +102,10 @@ class AresScheduler(Scheduler):
             message = self.ares.decode(frame)
             if isinstance(message, ConnectPeers):
                 self._connect(message)
-            elif message is None or self.migrations is None:
-                continue
-            elif isinstance(message, StartMigration):
-                self.migrations.start(message, now)
-            else:
-                self.migrations.handle(message, now)
+            elif message is not None and self.migrations is not None:
+                self.migrations.receive(message, now)
+            elif message is not None:
+                self.ares.dropped.count(f"{type(message).__name__} is not for a prefill worker")
         if self._engine_paused and self.migrations is not None:
             # Upstream's loop goes no further while paused; migrations under way must end.
             self.migrations.tick(now)
@@ -122,7 +120,8 @@ class AresScheduler(Scheduler):
         return frames
 
     def _connect(self, message: ConnectPeers) -> None:
-        self.ares.connect(message.peers)
+        if not self.ares.connect(message.peers):
+            return
         if self.migrations is None:
             return
         self.migrations.connect(message.peers)

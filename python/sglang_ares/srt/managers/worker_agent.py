@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import zmq
 
+from sglang_ares.srt.disaggregation.checks import peers_fault
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     Landed,
@@ -22,6 +24,7 @@ from sglang_ares.srt.managers.io_struct import (
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.policy.types import DECODE, RequestLoad, WorkerLoad
+from sglang_ares.srt.security.bounds import MAX_LISTED, MAX_RID_CHARS
 from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
@@ -95,16 +98,28 @@ class WorkerAgent:
             return None
         return message
 
-    def connect(self, peers: list[Peer]) -> None:
-        """Make all workers reachable, this one included (a message to oneself is legal)."""
-        if self._mailbox is not None:
-            for peer in peers:
-                self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+    def connect(self, peers: list[Peer]) -> bool:
+        """Make all workers reachable, this one included (a message to oneself is legal); false if
+        the list cannot be true."""
+        fault = peers_fault(peers, self.worker_id, self.role)
+        try:
+            if fault is None and self._mailbox is not None:
+                for peer in peers:
+                    self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+        except zmq.ZMQError as error:
+            fault = f"an endpoint cannot be connected to: {error}"
+        if fault is not None:
+            self.dropped.count(f"ConnectPeers: {fault}")
+        return fault is None
 
     def send(self, worker_id: int, message: Message) -> None:
         """Send to a peer."""
-        if self._mailbox is not None:
+        if self._mailbox is None:
+            return
+        if self._mailbox.knows(str(worker_id)):
             self._mailbox.send(str(worker_id), encode(message))
+        else:
+            self.dropped.count(f"{type(message).__name__} for unknown worker {worker_id}")
 
     def report(self, message: Message) -> None:
         """Send to the controller."""
@@ -160,7 +175,8 @@ class WorkerAgent:
         self._last_report = now
         live = {req.rid for req in scheduler.live_requests()}
         arriving = {m.record.rid for m in scheduler.inbound_migrations()}
-        finished = [r for r in self.received if r not in live and r not in arriving]
+        ended = (r for r in self.received if r not in live and r not in arriving)
+        finished = list(islice(ended, MAX_LISTED))
         for rid in finished:
             del self.received[rid]
             self._arrived_at.pop(rid, None)
@@ -171,7 +187,7 @@ class WorkerAgent:
             WorkerReport(
                 worker_id=self.worker_id,
                 load=self._load(scheduler, now),
-                finished=finished,
+                finished=[rid for rid in finished if len(rid) <= MAX_RID_CHARS],
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
                 migrations_out=len(scheduler.outbound_migrations()),
@@ -184,18 +200,19 @@ class WorkerAgent:
     def _load(self, scheduler: AresScheduler, now: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
         queued = scheduler.queued_requests()
+        listed = [r for r in (*running, *queued) if len(r.rid) <= MAX_RID_CHARS]
         capacity = int(scheduler.max_total_num_tokens)
         allocator = scheduler.token_to_kv_pool_allocator
         held = capacity - allocator.available_size() - scheduler.tree_cache.evictable_size()
         return WorkerLoad(
             worker_id=self.worker_id,
             role=self.role,
-            kv_tokens=int(held),
+            kv_tokens=max(0, int(held)),
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
             queued_tokens=sum(len(r.origin_input_ids) for r in queued if not r.kv.holds_kv),
-            requests=tuple(self._request_load(scheduler, r, now) for r in (*running, *queued)),
+            requests=tuple(self._request_load(scheduler, r, now) for r in listed[:MAX_LISTED]),
         )
 
     def _request_load(self, scheduler: AresScheduler, req: Any, now: float) -> RequestLoad:
