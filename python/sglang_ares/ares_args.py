@@ -60,6 +60,11 @@ class AresArgs:
     worker_start_timeout: float = _flag(
         600.0, "Seconds a worker may take to load its model.", metavar="S"
     )
+    kv_checksum: bool = _flag(
+        False,
+        "Compare a checksum of the KV at both ends of every move, and with CUDA of every transfer "
+        "from prefill to decode; a request whose KV arrived wrong stays where it is. Costs time.",
+    )
     control_host: str = _flag(
         "127.0.0.1",
         "Address the control sockets listen on. On loopback they are ipc sockets; any other "
@@ -132,10 +137,13 @@ class AresArgs:
         for f in dataclasses.fields(cls):
             options = dict(f.metadata)
             help_text = options.pop("help")
+            if isinstance(f.default, bool):
+                options["action"] = "store_true"
+            else:
+                options["type"] = type(f.default)
             group.add_argument(
                 flag_name(f.name),
                 dest=f"ares_{f.name}",
-                type=type(f.default),
                 default=f.default,
                 help=f"{help_text} Default: {f.default}.",
                 **options,

@@ -49,6 +49,8 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
         # from CUDA core dumps, for which upstream waits a minute when a worker dies.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
+    elif ares_args.kv_checksum:
+        server_args.disaggregation_enable_kv_checksum = True
     server_args._ares_args = ares_args
     server_args._ares_control = ControlPlane.create(ares_args)
     return server_args

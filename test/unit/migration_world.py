@@ -10,6 +10,7 @@ token or page shows.
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -301,6 +302,9 @@ class Link:
         assert start % self.page_size == 0
         table = self._worker.memory.table[id(req)]
         return np.array(table[start // self.page_size : -(-end // self.page_size)], np.int32)
+
+    def checksum(self, req: Req, start: int, end: int) -> int:
+        return zlib.crc32(repr(self._worker.memory.read(req, end)[start:]).encode())
 
     def page_count(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -57,7 +57,7 @@ def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     if value is None:
         value = type(field.default)(field.default + 3)
     assert value != field.default
-    args = parsed(flag_name(field.name), str(value))
+    args = parsed(flag_name(field.name), *([] if value is True else [str(value)]))
     assert getattr(args, field.name) == value
     assert args == dataclasses.replace(AresArgs(), **{field.name: value})
 

@@ -127,6 +127,40 @@ def test_random_bytes_are_rejected(union: Any, frame: bytes) -> None:
         Decoder(union).decode(frame)
 
 
+@pytest.mark.parametrize("message_type", MESSAGES, ids=lambda c: c.__name__)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_changed_bytes_are_rejected_or_valid(
+    message_type: type[Message], data: st.DataObject
+) -> None:
+    frame = bytearray(encode(data.draw(messages(message_type))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded = Decoder(union_of(message_type)).decode(bytes(frame))
+    except REJECTED:
+        return
+    assert encode(decoded)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\x94\xa6Cancel\x01\x00\xa2\xff\xfe",
+        b"\x91" * 100_000,
+        b"\x94\xa6Cancel" + b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\x94\xa6Cancel\x01\x00\xc7\x01\x05x",
+    ],
+    ids=["not utf-8", "deep", "deep field", "4 G items", "4 GB text", "extension"],
+)
+def test_nasty_frames_are_rejected(frame: bytes) -> None:
+    """Whatever msgspec raises by itself, the receiver sees one family of errors."""
+    with pytest.raises(REJECTED):
+        Decoder(WorkerInbound).decode(frame)
+
+
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
     | st.binary(max_size=8),

@@ -371,7 +371,10 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self._scheduler.req_to_token_pool": (ROWS,),
     "scheduler.token_to_kv_pool_allocator": (ALLOCATOR,),
     "allocator": (ALLOCATOR,),
-    "pool": ("mem_cache.memory_pool.MHATokenToKVPool",),
+    "pool": (
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "mem_cache.memory_pool.MLATokenToKVPool",
+    ),
     "scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.disagg_metadata_buffers": ("disaggregation.utils.MetadataBuffers",),

@@ -314,7 +314,7 @@ class MigrationManager:
 
     def _disown(self, message: Accept | TransferFailed) -> None:
         """The peer holds memory for a migration that is none of ours: let it go."""
-        logger.info("worker %d: migration %d unknown", message.worker_id, message.migration_id)
+        logger.debug("worker %d: migration %d unknown", message.worker_id, message.migration_id)
         self._host.send(
             message.worker_id,
             Cancel(

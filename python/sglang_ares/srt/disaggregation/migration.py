@@ -95,12 +95,14 @@ class ProtocolError(RuntimeError):
 class MigrationLimits:
     """``timeout_s``: longest stay in one state. ``headroom_tokens``: how far the request may
     grow while it is copied. ``final_tokens``: hand over once at most this much is left to send.
+    ``kv_checksum``: send a checksum of the KV along.
     """
 
     timeout_s: float
     headroom_tokens: int = 64
     final_tokens: int = 16
     max_inbound: int = 8
+    kv_checksum: bool = False
 
 
 @dataclass

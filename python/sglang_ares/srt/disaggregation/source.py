@@ -126,6 +126,7 @@ class SourceMigration:
         self._metadata_slot: int | None = None
         self._accepted = False
         self._sent_tokens = 0
+        self._prefix_tokens = 0
         self._chunk_in_flight = False
         self._reserved_tokens = req.kv.kv_committed_len + headroom
         self._stopped = False
@@ -176,7 +177,7 @@ class SourceMigration:
             self._host.dropped.count(f"Accept of migration {accept.migration_id}: {fault}")
             return
         self._accepted = True
-        self._sent_tokens = accept.prefix_tokens
+        self._sent_tokens = self._prefix_tokens = accept.prefix_tokens
 
     def on_refuse(self, reason: str, now: float) -> None:
         """The target does not take it; the request never stopped."""
@@ -314,6 +315,11 @@ class SourceMigration:
                 tokens=written,
                 state=capture(self.req),
                 stopped_at=self._host.wall_clock(),
+                kv_checksum=(
+                    self._host.link.checksum(self.req, self._prefix_tokens, written)
+                    if self._limits.kv_checksum
+                    else None
+                ),
             ),
         )
         self._enter(SourceState.HANDOVER, now)

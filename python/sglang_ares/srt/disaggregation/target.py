@@ -245,6 +245,9 @@ class TargetMigration:
         if arrived != self.record.room:
             self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
             return
+        if not self._kv_is_as_sent():
+            self._fail("checksum mismatch", now)
+            return
         try:
             restore(self._req, self._commit.state)
         except Exception as error:
@@ -264,6 +267,14 @@ class TargetMigration:
             self._commit.stopped_at,
             self._aborted_by_client,
         )
+
+    def _kv_is_as_sent(self) -> bool:
+        assert self._commit is not None and self._req is not None
+        sent = self._commit.kv_checksum
+        if sent is None:
+            return True
+        here = self._host.link.checksum(self._req, self._prefix_tokens, self._commit.tokens)
+        return here == sent
 
     # --- endings ----------------------------------------------------------------------------
 

@@ -90,6 +90,7 @@ class WorkerCluster:
                 limits=MigrationLimits(
                     timeout_s=ares_args.migration_timeout,
                     max_inbound=ares_args.max_migrations_per_worker,
+                    kv_checksum=ares_args.kv_checksum,
                 ),
                 seeded_sampling=worker_args.sampling_backend == "pytorch",
                 cluster_size=len(roles),

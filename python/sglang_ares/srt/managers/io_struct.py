@@ -161,7 +161,8 @@ class Refuse(Message, frozen=True, kw_only=True):
 class Commit(Message, frozen=True, kw_only=True):
     """Source: it has stopped; this is its final state, and the last KV pages are on their way.
 
-    ``stopped_at``: wall clock (s) of the last step on the source.
+    ``stopped_at``: wall clock (s) of the last step on the source. ``kv_checksum``: CRC-32 of the
+    KV that was sent, if the source computes one.
     """
 
     migration_id: SequenceId
@@ -169,6 +170,7 @@ class Commit(Message, frozen=True, kw_only=True):
     tokens: Count
     state: RequestState
     stopped_at: Seconds
+    kv_checksum: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
 
 
 class Committed(Message, frozen=True, kw_only=True):
@@ -277,4 +279,10 @@ class Decoder:
         """One message."""
         if len(frame) > MAX_MESSAGE_BYTES:
             raise msgspec.ValidationError(f"message of {len(frame)} bytes is too large")
-        return self._decoder.decode(frame)
+        try:
+            return self._decoder.decode(frame)
+        except msgspec.MsgspecError:
+            raise
+        except Exception as error:
+            # Text that is not UTF-8, arrays within arrays without end, and the like.
+            raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None
