@@ -109,6 +109,29 @@ class AresArgs:
     worker_start_timeout: float = _flag(
         600.0, "Seconds a worker may take to load its model.", metavar="S"
     )
+    kv_checksum: bool = _flag(
+        False,
+        "Compare a checksum of the KV at both ends of every move, and with CUDA of every transfer "
+        "from prefill to decode; a request whose KV arrived wrong stays where it is. Costs time.",
+    )
+    control_host: str = _flag(
+        "127.0.0.1",
+        "Address the control sockets listen on. On loopback they are ipc sockets; any other "
+        "address, or 0.0.0.0, makes them tcp sockets, which need --ares-curve-keys.",
+        metavar="HOST",
+    )
+    control_port: int = _flag(
+        0,
+        "First TCP port of the control sockets: this one for queries, the next for reports, then "
+        "one per worker. 0: free ones if tcp is needed at all.",
+        metavar="PORT",
+    )
+    curve_keys: str = _flag(
+        "",
+        "Directory with the keys of the control sockets, made by `python -m sglang_ares.keys DIR`; "
+        "only holders of these keys are heard.",
+        metavar="DIR",
+    )
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -120,6 +143,7 @@ class AresArgs:
             ("max_migrations_per_worker", 1),
             ("min_gap_tokens", 0),
             ("migration_chunk_tokens", 1),
+            ("control_port", 0),
         ):
             value = getattr(self, name)
             if value < least:

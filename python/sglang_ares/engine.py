@@ -7,7 +7,6 @@ import functools
 import multiprocessing as mp
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from sglang_ares.ares_args import AresArgs, AresArgsError
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.entrypoints.front_client import FrontClient
-from sglang_ares.srt.managers.runtime_dir import front_endpoint
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
 from sglang_ares.srt.platforms.cpu import (
@@ -27,6 +25,7 @@ from sglang_ares.srt.platforms.cpu import (
     accelerator_present,
     give_cores_to_ranks,
 )
+from sglang_ares.srt.security.control_plane import ControlPlane, private_port_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +55,10 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         give_cores_to_ranks(server_args.tp_size)
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
+    elif ares_args.kv_checksum:
+        server_args.disaggregation_enable_kv_checksum = True
     server_args._ares_args = ares_args
-    server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
+    server_args._ares_control = ControlPlane.create(ares_args)
     return server_args
 
 
@@ -70,6 +71,12 @@ def _check_model_path(model_path: str) -> None:
         )
 
 
+def control_plane_of(server_args: ServerArgs) -> ControlPlane:
+    """Where the control sockets are, as attached by :func:`prepare_server_args`."""
+    control: ControlPlane = server_args._ares_control
+    return control
+
+
 def ares_args_of(server_args: ServerArgs) -> AresArgs:
     """The cluster's configuration, as attached by :func:`prepare_server_args`."""
     ares_args: AresArgs = server_args._ares_args
@@ -78,7 +85,7 @@ def ares_args_of(server_args: ServerArgs) -> AresArgs:
 
 def detokenizer_of(server_args: ServerArgs) -> Callable[..., None]:
     """The entry point of the detokenizer's process."""
-    return functools.partial(run_detokenizer, server_args._ares_runtime_dir)
+    return functools.partial(run_detokenizer, control_plane_of(server_args))
 
 
 class Engine(UpstreamEngine):
@@ -99,7 +106,16 @@ class Engine(UpstreamEngine):
         server_args = prepare_server_args(server_args, ares_args)
         self.run_detokenizer_process_func = detokenizer_of(server_args)
         super().__init__(server_args=server_args)
-        self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
+        control = control_plane_of(self.server_args)
+        self._client = FrontClient(control.front.connect, keys=control.keys)
+
+    @classmethod
+    def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
+        """Upstream's, with its sockets in the runtime directory, where only its owner may go."""
+        kwargs["port_args"] = private_port_args(
+            server_args, control_plane_of(server_args).runtime_dir
+        )
+        return super()._launch_subprocesses(server_args=server_args, **kwargs)
 
     @classmethod
     def _launch_scheduler_processes(
@@ -119,7 +135,7 @@ class Engine(UpstreamEngine):
                 server_args,
                 port_args,
                 ares_args_of(server_args),
-                server_args._ares_runtime_dir,
+                control_plane_of(server_args),
                 writer,
             ),
             name="ares-controller",
@@ -146,7 +162,8 @@ class Engine(UpstreamEngine):
         if client := getattr(self, "_client", None):
             client.close()
         super().shutdown()
-        shutil.rmtree(self.server_args._ares_runtime_dir, ignore_errors=True)
+        runtime_dir = control_plane_of(self.server_args).runtime_dir
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
     # --- ARES -------------------------------------------------------------------------------
 

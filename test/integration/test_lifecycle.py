@@ -30,6 +30,8 @@ BAD_STARTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--pp-size", "2"): ("--pp-size", "--ares-decode-workers"),
     ("--dp-size", "2"): ("--dp-size", "--ares-decode-workers"),
     ("--speculative-algorithm", "NGRAM"): ("--speculative-algorithm", "Drop"),
+    ("--ares-control-host", "0.0.0.0"): ("--ares-control-host", "sglang_ares.keys"),
+    ("--ares-curve-keys", "/no/such/keys"): ("--ares-curve-keys", "sglang_ares.keys"),
     ("--disaggregation-mode", "decode"): ("--disaggregation-mode", "--ares-decode-workers"),
 }
 

@@ -10,6 +10,7 @@ misplaced token or page shows. Requests of one text share the cache; by default 
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts
 from sglang_ares.srt.disaggregation.kv_link import ChunkCounter, CopyProgress
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
@@ -37,6 +39,7 @@ from sglang_ares.srt.managers.io_struct import (
     WorkerInbound,
     encode,
 )
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 PROMPT_TOKEN = 7_000
 DEFAULT_LIMITS = MigrationLimits(timeout_s=5.0, headroom_tokens=8, final_tokens=2, max_inbound=2)
@@ -388,6 +391,9 @@ class Link:
         table = self._worker.memory.table[id(req)]
         return np.array(table[start // self.page_size : -(-end // self.page_size)], np.int32)
 
+    def checksum(self, req: Req, start: int, end: int) -> int:
+        return zlib.crc32(repr(self._worker.memory.read(req, end)[start:]).encode())
+
     def page_count(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
@@ -396,6 +402,15 @@ class Link:
 
 
 # --- a worker -------------------------------------------------------------------------------
+
+
+class StrictlyDropped(DroppedFrames):
+    """What the product survives, a test must see: errors while handling a message go on."""
+
+    def count(self, reason: str, *, error: BaseException | None = None) -> None:
+        super().count(reason)
+        if error is not None:
+            raise error
 
 
 class Worker:
@@ -418,6 +433,8 @@ class Worker:
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self.building: list[Req] = []
         self.refuses: str | None = None
+        self.facts = WorkerFacts(vocab_size=10_000, max_tokens=world.pages)
+        self.dropped = StrictlyDropped(f"worker-{worker_id}")
         self.manager = MigrationManager(self, world.limits)
         self.manager.connect(
             [
@@ -561,6 +578,9 @@ class Worker:
         return self.memory.metadata[slot]
 
     def refusal(self, offer: Offer) -> str | None:
+        rid = offer.spec.rid
+        if any(r.rid == rid for r in (*self.running, *self.waiting)):
+            return "the request is here already"
         if len(self.manager.inbound) > self.world.limits.max_inbound:
             return "too many migrations inbound"
         return self.refuses
@@ -693,6 +713,8 @@ class World:
         text: str | None = None,
     ) -> Req:
         """A request that starts to decode on ``worker``, its prompt's KV present."""
+        params = SamplingParams(max_new_tokens=max_new)
+        params.normalize(None)  # as upstream's front does
         recv_req = TokenizedGenerateReqInput(
             rid=rid,
             input_text=None,
@@ -700,7 +722,7 @@ class World:
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
-            sampling_params=SamplingParams(max_new_tokens=max_new),
+            sampling_params=params,
             return_logprob=False,
             logprob_start_len=-1,
             top_logprobs_num=0,

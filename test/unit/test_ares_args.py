@@ -16,7 +16,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_ares import launch_server
 from sglang_ares.ares_args import AresArgs, AresArgsError, flag_name
 from sglang_ares.demo_model import MODEL_DIR
-from sglang_ares.engine import ares_args_of, prepare_server_args
+from sglang_ares.engine import ares_args_of, control_plane_of, prepare_server_args
 from sglang_ares.launch_server import build_parser, check_port, parse_args
 from sglang_ares.srt.disaggregation.refusals import (
     CLUSTER,
@@ -50,6 +50,8 @@ OTHER_VALUES: dict[str, Any] = {
     "migration_copy": "stopped",
     "decode_radix_cache": "off",
     "memory_floor": 0.2,
+    "control_host": "0.0.0.0",
+    "curve_keys": "keys",
 }
 
 
@@ -65,7 +67,7 @@ def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     if value is None:
         value = type(field.default)(field.default + 3)
     assert value != field.default
-    args = parsed(flag_name(field.name), str(value))
+    args = parsed(flag_name(field.name), *([] if value is True else [str(value)]))
     assert getattr(args, field.name) == value
     assert args == dataclasses.replace(AresArgs(), **{field.name: value})
 
@@ -353,7 +355,7 @@ def test_a_model_id_or_folder_is_accepted(model_path: str, environment: None) ->
     ares_args = AresArgs(decode_workers=3)
     server_args = prepare_server_args(ServerArgs(model_path=model_path), ares_args)
     assert ares_args_of(server_args) is ares_args
-    assert Path(server_args._ares_runtime_dir).is_dir()
+    assert Path(control_plane_of(server_args).runtime_dir).is_dir()
 
 
 # --- the port -------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ from sglang_ares.srt.managers.io_struct import (
     Committed,
     Decoder,
     ForwardAbort,
+    Message,
     Offer,
+    Refuse,
     StartMigration,
     TransferFailed,
     WorkerInbound,
@@ -809,15 +811,29 @@ def test_a_hand_over_whose_last_pages_hang_goes_on_once_they_settle() -> None:
 # --- late and unknown messages --------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "orphan",
+    [
+        Accept(migration_id=9, worker_id=1, prefix_tokens=0),
+        TransferFailed(migration_id=9, worker_id=1, reason="x"),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_who_holds_memory_for_an_unknown_migration_is_told_to_free_it(orphan: Message) -> None:
+    world = World()
+    world.workers[0].manager.handle(orphan, world.now)
+    (answer,) = messages(world, 0, 1)
+    assert answer == Cancel(migration_id=9, source=0, reason="migration unknown at the source")
+
+
 def test_messages_of_unknown_migrations_to_a_source_are_ignored() -> None:
     world = World()
     world.submit("r")
     manager = world.workers[0].manager
     for late in (
-        Accept(migration_id=9, worker_id=1, prefix_tokens=0),
         Committed(migration_id=9, worker_id=1),
         Cancelled(migration_id=9, worker_id=1),
-        TransferFailed(migration_id=9, worker_id=1, reason="x"),
+        Refuse(migration_id=9, worker_id=1, reason="x"),
     ):
         manager.handle(late, world.now)
     assert not manager.active and not any(world.network.values()) and not world.results

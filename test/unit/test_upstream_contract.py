@@ -84,6 +84,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("utils.auth", "auth_level", ("level",), "admin_api.py"),
     ("utils", "kill_process_tree", ("parent_pid", "include_parent"), "launch_server.py"),
     ("utils.network", "get_free_port", (), "cluster.py"),
+    ("utils.network", "get_local_ip_auto", ("fallback",), "control_plane.py"),
     ("utils.network", "get_zmq_socket", ("context", "socket_type", "endpoint", "bind"),
      "controller.py"),
     ("utils.server_args_config_parser", "ConfigArgumentMerger", ("parser",), "launch_server.py"),
@@ -99,7 +100,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("server_args", "ServerArgs.add_cli_args", ("parser",), "launch_server.py"),
     ("server_args", "ServerArgs.from_cli_args", ("args",), "launch_server.py"),
     ("server_args", "ServerArgs.resolve_once", (), "worker_process.py"),
-    ("server_args", "PortArgs.init_new", ("server_args",), "cluster.py"),
+    ("server_args", "PortArgs.init_new", ("server_args",), "control_plane.py"),
     ("arg_groups.arg_utils", "record_fields", ("cls",), "platforms/cpu.py"),
     ("runtime_context", "get_parallel", (), "scheduler.py"),
     ("runtime_context", "get_observability", (), "load_snapshots.py"),
@@ -170,6 +171,10 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.io_struct", "TokenizedGenerateReqInput",
      (*request_state._SPEC_FIELDS, "input_ids", "input_embeds", "mm_inputs", "token_type_ids",
       "bootstrap_host", "bootstrap_port", "bootstrap_room"), "request_state.py"),
+    ("sampling.sampling_params", "SamplingParams.verify", ("self", "vocab_size"), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_COUNT", (), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_REGEX_COUNT", (), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_REGEX_LEN", (), "checks.py"),
     ("sampling.sampling_params", "SamplingParams",
      ("max_new_tokens", "sampling_seed", "beam_width", "n"), "request_state.py"),
     ("observability.req_time_stats", "SchedulerReqTimeStats.set_wait_queue_entry_time", (),
@@ -298,8 +303,8 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang_ares.engine",
         "sglang.srt.entrypoints.engine.Engine",
         (
-            "__init__", "_launch_scheduler_processes", "shutdown", "init_tokenizer_manager_func",
-            "run_detokenizer_process_func",
+            "__init__", "_launch_subprocesses", "_launch_scheduler_processes", "shutdown",
+            "init_tokenizer_manager_func", "run_detokenizer_process_func",
         ),
     ),
     "PrefillOutputStreamer": (
@@ -380,6 +385,9 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self.idle_sleeper": ("managers.scheduler_components.idle_sleeper.IdleSleeper",),
     "self.grammar_manager": ("constrained.grammar_manager.GrammarManager",),
     "scheduler.model_config": ("configs.model_config.ModelConfig",),
+    "scheduler.tp_worker": ("managers.tp_worker.TpModelWorker",),
+    "scheduler.tp_worker.model_runner": ("model_executor.model_runner.ModelRunner",),
+    "adapters": ("lora.lora_manager.LoRAManager",),
     "scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
     "tree": ("mem_cache.base_prefix_cache.BasePrefixCache",),
     "self._scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
@@ -389,7 +397,10 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self._scheduler.req_to_token_pool": (ROWS,),
     "scheduler.token_to_kv_pool_allocator": (ALLOCATOR,),
     "allocator": (ALLOCATOR,),
-    "pool": ("mem_cache.memory_pool.MHATokenToKVPool",),
+    "pool": (
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "mem_cache.memory_pool.MLATokenToKVPool",
+    ),
     "scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.disagg_metadata_buffers": ("disaggregation.utils.MetadataBuffers",),
@@ -427,8 +438,8 @@ NOT_UPSTREAMS = {
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.
 OURS = {
-    "server_args": {"_ares_args", "_ares_runtime_dir"},
-    "self.server_args": {"_ares_args", "_ares_runtime_dir"},
+    "server_args": {"_ares_args", "_ares_control"},
+    "self.server_args": {"_ares_args", "_ares_control"},
 }
 # Attributes that upstream sets on an object outside its class, and the module that reads them.
 SET_ELSEWHERE = {

@@ -23,6 +23,8 @@ from sglang.srt.disaggregation.utils import (
 )
 from sglang.srt.mem_cache.common import kv_to_page_indices
 
+from sglang_ares.srt.disaggregation.kv_checksum import kv_buffers, kv_checksum
+
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
@@ -40,6 +42,7 @@ class KvLink:
         self._tp_rank = queue.tp_rank
         self._group = queue.gloo_group
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        self._buffers = kv_buffers(pool)
         args = copy.copy(queue.kv_manager.kv_args)
         args.engine_rank = queue.tp_rank
         args.prefill_start_layer = pool.start_layer
@@ -102,6 +105,11 @@ class KvLink:
         """Page indices of the request's tokens [start, end); ``start`` is page-aligned."""
         slots = self._scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start:end]
         return np.asarray(kv_to_page_indices(slots, self.page_size)).astype(np.int32)
+
+    def checksum(self, req: Req, start: int, end: int) -> int:
+        """CRC-32 of the KV of the request's tokens [start, end), this rank's share."""
+        slots = self._scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start:end]
+        return kv_checksum(self._buffers, slots.long())
 
     def page_count(self, tokens: int) -> int:
         """Pages that ``tokens`` tokens need."""

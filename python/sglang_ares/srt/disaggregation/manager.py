@@ -33,6 +33,7 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     TransferFailed,
 )
+from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -100,7 +101,8 @@ class MigrationManager:
         self.outbound: dict[int, SourceMigration] = {}
         self.inbound: dict[int, TargetMigration] = {}
         self._building: dict[int, TargetMigration] = {}
-        self._committed: OrderedDict[int, str] = OrderedDict()
+        # Migration id -> the request and where it came from.
+        self._committed: OrderedDict[int, tuple[str, int]] = OrderedDict()
         self.digest = TransitionDigest()
 
     # --- what the scheduler asks ------------------------------------------------------------
@@ -147,7 +149,11 @@ class MigrationManager:
         migration = self._building.pop(req.bootstrap_room, None)
         if migration is None:
             return False
-        migration.on_built(req, now)
+        try:
+            migration.on_built(req, now)
+        except Exception as error:
+            self._host.dropped.count(f"{req.rid} could not be taken in", error=error)
+            migration.on_fault("internal error at the target", now)
         self._drop_if_final(migration)
         return True
 
@@ -185,27 +191,43 @@ class MigrationManager:
 
     # --- messages ---------------------------------------------------------------------------
 
+    def receive(self, message: Message, now: float) -> None:
+        """A message of the controller or a peer. Whatever goes wrong with it ends the migration
+        it is about, and nothing else."""
+        try:
+            if isinstance(message, StartMigration):
+                self.start(message, now)
+            else:
+                self.handle(message, now)
+        except Exception as error:
+            self._host.dropped.count(f"{type(message).__name__} could not be handled", error=error)
+            try:
+                self._end_faulty(message, now)
+            except Exception:
+                logger.exception("and its migration could not be ended in order")
+
+    def _end_faulty(self, message: Any, now: float) -> None:
+        migration_id = message.migration_id
+        outbound, inbound = self.outbound.get(migration_id), self.inbound.get(migration_id)
+        if isinstance(message, StartMigration) and outbound is None:
+            self._refuse_to_start(message, "internal error at the source")
+        elif isinstance(message, (Accept, Refuse, Committed, Cancelled, TransferFailed)):
+            if outbound is not None:
+                outbound.on_fault("internal error at the source", now)
+        elif inbound is not None:
+            inbound.on_fault("internal error at the target", now)
+            self._drop_if_final(inbound)
+
     def start(self, command: StartMigration, now: float) -> None:
         """Begin a migration, or report at once why not."""
+        if command.migration_id in self.outbound:
+            self._host.dropped.count(f"StartMigration {command.migration_id} is repeated")
+            return
         found = self._host.find_running(command.rid)
         reason = self._why_not(command, found)
         headroom = self._headroom(found[0]) if found is not None else None
         if reason is not None or found is None or headroom is None:
-            self._report(
-                MigrationResult(
-                    migration_id=command.migration_id,
-                    rid=command.rid,
-                    source=self._host.worker_id,
-                    target=command.target,
-                    outcome=REFUSED,
-                    reason=reason or "bandwidth budget used up",
-                    tokens=0,
-                    tokens_sent=0,
-                    tokens_saved=0,
-                    kv_bytes=0,
-                    duration_s=0.0,
-                )
-            )
+            self._refuse_to_start(command, reason or "bandwidth budget used up")
             return
         req, recv_req = found
         migration = SourceMigration(
@@ -241,6 +263,23 @@ class MigrationManager:
             headroom += int(seconds / step_s)
         return min(headroom, req.sampling_params.max_new_tokens - len(req.output_ids) + 2)
 
+    def _refuse_to_start(self, command: StartMigration, reason: str) -> None:
+        self._report(
+            MigrationResult(
+                migration_id=command.migration_id,
+                rid=command.rid,
+                source=self._host.worker_id,
+                target=command.target,
+                outcome=REFUSED,
+                reason=reason,
+                tokens=0,
+                tokens_sent=0,
+                tokens_saved=0,
+                kv_bytes=0,
+                duration_s=0.0,
+            )
+        )
+
     def _why_not(
         self,
         command: StartMigration,
@@ -248,6 +287,8 @@ class MigrationManager:
     ) -> str | None:
         if command.target not in self._peers:
             return "unknown target"
+        if self._peers[command.target].role != DECODE:
+            return "the target does not decode"
         if command.target == self._host.worker_id:
             return "already here"
         if found is None:
@@ -268,12 +309,19 @@ class MigrationManager:
             case Accept() | Refuse() | Committed() | Cancelled() | TransferFailed():
                 self._to_source(message, now)
             case _:
-                logger.warning("dropped an unexpected %s", type(message).__name__)
+                self._host.dropped.count(f"{type(message).__name__} is not for this worker")
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         source = self._peers.get(offer.source)
-        if source is None or offer.migration_id in self.inbound:
-            logger.warning("dropped an offer of worker %d: unknown, or repeated", offer.source)
+        if source is None or source.role != DECODE or offer.source == self._host.worker_id:
+            self._host.dropped.count(f"Offer of worker {offer.source}, which cannot offer")
+            return
+        if (
+            offer.migration_id in self.inbound
+            or offer.migration_id in self._committed
+            or any(m.record.room == offer.room for m in self.inbound.values())
+        ):
+            self._host.dropped.count(f"Offer {offer.migration_id} is repeated, or its room is")
             return
         migration = TargetMigration(self._host, self._limits, self._memory, offer, source, now)
         self.inbound[offer.migration_id] = migration
@@ -285,10 +333,14 @@ class MigrationManager:
         self._drop_if_final(migration)
 
     def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
-        if message.source not in self._peers:
-            logger.warning("dropped a message of unknown worker %d", message.source)
-            return
         migration = self.inbound.get(message.migration_id)
+        known = self._committed.get(message.migration_id)
+        source = migration.record.source if migration else known[1] if known else None
+        if message.source not in self._peers or source not in (message.source, None):
+            self._host.dropped.count(
+                f"{type(message).__name__} of worker {message.source}: not its migration"
+            )
+            return
         if migration is not None and self._held(migration.record):
             self._postponed.append(message)
         elif migration is not None:
@@ -299,8 +351,8 @@ class MigrationManager:
             else:
                 migration.on_forward_abort()
             self._drop_if_final(migration)
-        elif message.migration_id in self._committed:
-            self._after_commit(message)
+        elif known is not None:
+            self._after_commit(message, known[0])
         elif isinstance(message, Commit):
             # Given up here before: make the source take the request back.
             self._host.send(
@@ -317,9 +369,9 @@ class MigrationManager:
                 Cancelled(migration_id=message.migration_id, worker_id=self._host.worker_id),
             )
 
-    def _after_commit(self, message: Commit | Cancel | ForwardAbort) -> None:
+    def _after_commit(self, message: Commit | Cancel | ForwardAbort, rid: str) -> None:
         if isinstance(message, ForwardAbort):
-            self._host.abort_here(self._committed[message.migration_id])
+            self._host.abort_here(rid)
         else:
             self._host.send(
                 message.source,
@@ -332,15 +384,23 @@ class MigrationManager:
         now: float,
     ) -> None:
         migration = self.outbound.get(message.migration_id)
+        if message.worker_id not in self._peers or (
+            migration is not None and message.worker_id != migration.record.target
+        ):
+            self._host.dropped.count(
+                f"{type(message).__name__} of worker {message.worker_id}: not its migration"
+            )
+            return
+        if migration is None and isinstance(message, (Accept, TransferFailed)):
+            self._disown(message)
         if migration is None or migration.record.final:
-            self._answer_stray(message)
             return
         if self._held(migration.record):
             self._postponed.append(message)
             return
         match message:
             case Accept():
-                migration.on_accept(message.prefix_tokens)
+                migration.on_accept(message)
             case Refuse():
                 migration.on_refuse(message.reason, now)
             case Committed():
@@ -351,18 +411,17 @@ class MigrationManager:
                 migration.on_transfer_failed(message.reason, now)
         self._report_if_final(migration, now)
 
-    def _answer_stray(self, message: Message) -> None:
-        """A target that waits for a migration unknown here, because this worker was restarted or
-        has given it up, may let go: no byte of it is in flight."""
-        if isinstance(message, Accept | TransferFailed):
-            self._host.send(
-                message.worker_id,
-                Cancel(
-                    migration_id=message.migration_id,
-                    source=self._host.worker_id,
-                    reason="migration unknown at the source",
-                ),
-            )
+    def _disown(self, message: Accept | TransferFailed) -> None:
+        """The peer holds memory for a migration that is none of ours: let it go."""
+        logger.debug("worker %d: migration %d unknown", message.worker_id, message.migration_id)
+        self._host.send(
+            message.worker_id,
+            Cancel(
+                migration_id=message.migration_id,
+                source=self._host.worker_id,
+                reason="migration unknown at the source",
+            ),
+        )
 
     # --- time -------------------------------------------------------------------------------
 
@@ -382,7 +441,7 @@ class MigrationManager:
             if self._held(source.record):
                 continue
             was_final = source.record.final
-            source.tick(now, states[2 * i], states[2 * i + 1])
+            self._tick(source, now, states[2 * i], states[2 * i + 1])
             if not was_final:
                 self._report_if_final(source, now)
             if source.closed:
@@ -391,8 +450,16 @@ class MigrationManager:
         for target in inbound:
             if self._held(target.record):
                 continue
-            target.tick(now, polls.get(id(target)))
+            self._tick(target, now, polls.get(id(target)))
             self._drop_if_final(target)
+
+    def _tick(self, migration: SourceMigration | TargetMigration, now: float, *polls: Any) -> None:
+        try:
+            migration.tick(now, *polls)
+        except Exception as error:
+            what = f"migration {migration.record.migration_id} in {migration.record.state.value}"
+            self._host.dropped.count(f"{what} failed", error=error)
+            migration.on_fault("internal error", now)
 
     # --- endings ----------------------------------------------------------------------------
 
@@ -454,6 +521,6 @@ class MigrationManager:
                     worker_id=self._host.worker_id,
                 )
             )
-            self._committed[record.migration_id] = record.rid
+            self._committed[record.migration_id] = (record.rid, record.source)
             while len(self._committed) > _REMEMBERED:
                 self._committed.popitem(last=False)

@@ -100,7 +100,8 @@ class MigrationLimits:
     ``max_inbound``, ``max_outbound``: most migrations at once. ``bandwidth_mb_s``: 10^6 bytes of KV
     per second that a worker may send for migrations, 0 for any. ``memory_share``: largest share of
     the KV pool that inbound migrations may hold reserved. ``live_copy``: copy while the request
-    decodes; without, it stops first (for measurements).
+    decodes; without, it stops first (for measurements). ``kv_checksum``: send a checksum of the KV
+    along.
     """
 
     timeout_s: float
@@ -112,6 +113,7 @@ class MigrationLimits:
     bandwidth_mb_s: float = 0.0
     memory_share: float = 0.5
     live_copy: bool = True
+    kv_checksum: bool = False
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import accept_fault
 from sglang_ares.srt.disaggregation.kv_link import drained
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
@@ -18,7 +19,15 @@ from sglang_ares.srt.disaggregation.migration import (
     SourceState,
 )
 from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, spec_of
-from sglang_ares.srt.managers.io_struct import Cancel, Commit, ForwardAbort, Message, Offer
+from sglang_ares.srt.managers.io_struct import (
+    Accept,
+    Cancel,
+    Commit,
+    ForwardAbort,
+    Message,
+    Offer,
+)
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -34,6 +43,7 @@ class SourceHost(Protocol):
 
     worker_id: int
     link: KvLink
+    dropped: DroppedFrames
 
     def is_running(self, req: Req) -> bool:
         """Whether the request decodes here."""
@@ -130,6 +140,7 @@ class SourceMigration:
         self._accepted = False
         # The target holds everything before: found there, or sent.
         self._sent_tokens = 0
+        self._prefix_tokens = 0
         self._chunk_in_flight = False
         self._reserved_tokens = req.kv.kv_committed_len + headroom
         self._stopped = False
@@ -177,17 +188,23 @@ class SourceMigration:
 
     # --- messages ---------------------------------------------------------------------------
 
-    def on_accept(self, prefix_tokens: int) -> None:
-        """The target has reserved memory and holds the first ``prefix_tokens`` already."""
+    def on_accept(self, accept: Accept) -> None:
+        """The target has reserved memory and holds a prefix of the tokens already."""
+        fault = accept_fault(accept, self.record.tokens, self._host.link.page_size)
+        if self.record.state is SourceState.CANCELLING:
+            return
         if self.record.state is not SourceState.OFFERED or self._accepted:
+            fault = f"it is {self.record.state.value} already"
+        if fault is not None:
+            self._host.dropped.count(f"Accept of migration {accept.migration_id}: {fault}")
             return
         self._accepted = True
-        self._sent_tokens = prefix_tokens
-        self.record.tokens_saved = prefix_tokens
+        self._sent_tokens = self._prefix_tokens = accept.prefix_tokens
+        self.record.tokens_saved = accept.prefix_tokens
 
     def on_refuse(self, reason: str, now: float) -> None:
         """The target does not take it; the request never stopped."""
-        if self.record.state is SourceState.OFFERED:
+        if self.record.state is SourceState.OFFERED and not self._accepted:
             self._finish(SourceState.ENDED, REFUSED, reason, now)
 
     def on_committed(self, now: float) -> None:
@@ -198,7 +215,8 @@ class SourceMigration:
 
     def on_cancelled(self, now: float) -> None:
         """The target has let go: the request goes on here."""
-        if self.record.state is SourceState.RECALLING:
+        # Before it is asked to, the target has not let go, whoever says so.
+        if self.record.state is SourceState.RECALLING and self._cancel_sent:
             self._resume()
             self._finish(SourceState.ENDED, FAILED, self.record.reason, now)
             if self._aborted_by_client:
@@ -228,6 +246,10 @@ class SourceMigration:
             handed_over = self.record.state is SourceState.HANDOVER
             self._enter(SourceState.RECALLING if handed_over else SourceState.CANCELLING, now)
         self._finish(SourceState.ENDED, FAILED, self.record.reason or "target died", now)
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong."""
+        self._give_up(FAILED, reason, now)
 
     def on_abort(self, now: float) -> None:
         """The client aborted. A request that still runs here ends by itself; one that stopped is
@@ -357,6 +379,11 @@ class SourceMigration:
                 tokens=written,
                 state=capture(self.req),
                 stopped_at=self._stopped_at,
+                kv_checksum=(
+                    self._host.link.checksum(self.req, self._prefix_tokens, written)
+                    if self._limits.kv_checksum
+                    else None
+                ),
             ),
         )
         self._enter(SourceState.HANDOVER, now)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts, commit_fault, offer_fault
 from sglang_ares.srt.disaggregation.kv_link import Arrival
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
@@ -28,6 +29,8 @@ from sglang_ares.srt.managers.io_struct import (
     Refuse,
     TransferFailed,
 )
+from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -41,6 +44,8 @@ class TargetHost(Protocol):
 
     worker_id: int
     link: KvLink
+    facts: WorkerFacts
+    dropped: DroppedFrames
 
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker cannot take the request, if it cannot."""
@@ -133,6 +138,11 @@ class TargetMigration:
 
     def start(self, now: float) -> None:
         """Refuse, or build the request."""
+        fault = offer_fault(self._offer, self._host.facts)
+        if fault is not None:
+            self._host.dropped.count(f"Offer of migration {self.record.migration_id}: {fault}")
+            self._refuse(f"invalid offer: {fault}"[:MAX_REASON_CHARS], now)
+            return
         reason = self._host.refusal(self._offer)
         if reason is not None:
             self._refuse(reason, now)
@@ -157,6 +167,7 @@ class TargetMigration:
         if slot is None:
             self._refuse("no metadata slot", now)
             return
+        self._metadata_slot = slot
         prefix = self._host.lock_prefix(req, self._offer)
         link = self._host.link
         wanted = self._offer.tokens + self._offer.headroom - prefix
@@ -168,12 +179,11 @@ class TargetMigration:
             reason = "no KV memory"
         if reason is not None:
             self._host.unlock_prefix(req)
-            self._host.free_metadata(slot)
+            self._free()
             self._refuse(reason, now)
             return
         self._memory.hold(self.record.migration_id, reserved)
         self._req = req
-        self._metadata_slot = slot
         self._prefix_tokens = self.record.tokens_saved = prefix
         self._receiver = self._host.link.open_receiver(
             self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
@@ -183,12 +193,18 @@ class TargetMigration:
 
     def on_commit(self, commit: Commit, now: float) -> None:
         """The source has stopped; take over when the KV is complete too."""
-        if self.record.state is TargetState.RECEIVING:
-            if commit.tokens > self._offer.tokens + self._offer.headroom:
-                self._fail("the request outgrew its reservation", now)
-                return
+        fault = commit_fault(commit, self._offer, self._host.facts)
+        if self.record.state is TargetState.ABORTING:
+            return
+        expected = self.record.state is TargetState.RECEIVING and self._commit is None
+        if expected and fault is None:
             self._commit = commit
             self._take_over_when_complete(now)
+            return
+        fault = fault or f"it is {self.record.state.value}, or was sent before"
+        self._host.dropped.count(f"Commit of migration {self.record.migration_id}: {fault}")
+        if expected:
+            self._fail(f"invalid state: {fault}"[:MAX_REASON_CHARS], now)
 
     def on_forward_abort(self) -> None:
         """The client aborted after ``Commit``; applied at take-over."""
@@ -261,7 +277,16 @@ class TargetMigration:
         if self._commit is None or not self._kv_complete:
             return
         assert self._req is not None
-        restore(self._req, self._commit.state, self._replayed)
+        if not self._kv_is_as_sent():
+            self._fail("checksum mismatch", now)
+            return
+        try:
+            restore(self._req, self._commit.state, self._replayed)
+        except Exception as error:
+            # A grammar that does not accept the output; the source takes the request back.
+            self._host.dropped.count("Commit: the state cannot be restored", error=error)
+            self._fail("invalid state: it cannot be restored", now)
+            return
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
         self._close_receiver()
@@ -275,7 +300,23 @@ class TargetMigration:
             self._aborted_by_client,
         )
 
+    def _kv_is_as_sent(self) -> bool:
+        assert self._commit is not None and self._req is not None
+        sent = self._commit.kv_checksum
+        if sent is None:
+            return True
+        here = self._host.link.checksum(self._req, self._prefix_tokens, self._commit.tokens)
+        return here == sent
+
     # --- endings ----------------------------------------------------------------------------
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong: refuse as long as no KV can be on its way, else fail."""
+        if self.record.state is TargetState.BUILDING:
+            self._free()
+            self._refuse(reason, now)
+        elif self.record.state in (TargetState.RESERVED, TargetState.RECEIVING):
+            self._fail(reason, now)
 
     def _refuse(self, reason: str, now: float) -> None:
         self.record.outcome = REFUSED
@@ -313,18 +354,22 @@ class TargetMigration:
         return "KV transfer failed at the target"
 
     def _release(self, outcome: str, reason: str, now: float) -> None:
-        if self._receiver is not None:
-            self._receiver.abort()
-            self._close_receiver()
-        if self._req is not None:
-            self._host.unreserve(self._req)
+        self._free()
         self.record.outcome = FAILED if self.record.state is TargetState.ABORTING else outcome
         self.record.reason = self.record.reason or reason
         self._enter(TargetState.RELEASED, now)
 
+    def _free(self) -> None:
+        if self._receiver is not None:
+            self._receiver.abort()
+        self._close_receiver()
+        if self._req is not None:
+            self._host.unreserve(self._req)
+
     def _close_receiver(self) -> None:
-        self._receiver.clear()
-        self._receiver = self._arrival = None
+        if self._receiver is not None:
+            self._receiver.clear()
+            self._receiver = self._arrival = None
         if self._metadata_slot is not None:
             self._host.free_metadata(self._metadata_slot)
             self._metadata_slot = None

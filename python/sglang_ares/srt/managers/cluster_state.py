@@ -11,7 +11,13 @@ import msgspec
 
 from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
 from sglang_ares.srt.managers.attempts import internal_rid, split_rid
-from sglang_ares.srt.managers.io_struct import Adopted, MigrationResult, WorkerReport
+from sglang_ares.srt.managers.io_struct import (
+    Adopted,
+    Landed,
+    Message,
+    MigrationResult,
+    WorkerReport,
+)
 from sglang_ares.srt.policy.types import DECODE, WorkerLoad
 
 # What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
@@ -199,6 +205,26 @@ class ClusterState:
         if owner is not None and not owner.recovering:
             owner.decode = message.worker_id
 
+    def fault(self, message: Message) -> str | None:
+        """What is wrong with a worker's message that decodes, if anything."""
+        if isinstance(message, WorkerReport):
+            view = self.workers.get(message.worker_id)
+            if view is None:
+                return f"there is no worker {message.worker_id}"
+            if (message.load.worker_id, message.load.role) != (view.worker_id, view.role):
+                return f"the load is not one of {view.role} worker {view.worker_id}"
+        elif isinstance(message, MigrationResult):
+            known = self.moving.get(message.migration_id)
+            told = (message.rid, message.source, message.target)
+            if known is None or told != (known.rid, known.source, known.target):
+                return f"migration {message.migration_id} is not under way, or another one"
+        elif isinstance(message, Landed) and (
+            message.worker_id not in self.workers
+            or not 0 < message.migration_id <= self.migrations_attempted
+        ):
+            return f"worker {message.worker_id} or migration {message.migration_id} is unknown"
+        return None
+
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""
         view = self.workers.get(report.worker_id)
@@ -253,11 +279,11 @@ class ClusterState:
 
     # --- documents --------------------------------------------------------------------------
 
-    def status(self, policies: dict[str, str]) -> dict[str, Any]:
-        """The body of ``GET /ares/status``."""
+    def status(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The body of ``GET /ares/status``; ``settings`` stand first in it."""
         return {
             "uptime_s": time.monotonic() - self.started_at,
-            **policies,
+            **settings,
             "workers": [self._worker_status(w) for w in self.workers.values()],
             "migrations": {
                 "attempted": self.migrations_attempted,
@@ -296,6 +322,7 @@ class ClusterState:
                 migrations_in=report.migrations_in,
                 migrations_out=report.migrations_out,
                 retracted=report.retracted,
+                dropped_frames=report.dropped_frames,
                 decode_step_ms=report.decode_step_ms,
                 pools=msgspec.to_builtins(report.pools),
             )

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.runtime_context import get_disagg
 
 from sglang_ares.plugin import RESUMED_WITH_OUTPUT
+from sglang_ares.srt.disaggregation.checks import WorkerFacts
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
@@ -35,6 +36,13 @@ class SchedulerMigrationHost:
         self._scheduler = scheduler
         self._limits = limits
         self.link = link
+        self.dropped = scheduler.ares.dropped
+        self.facts = WorkerFacts(
+            vocab_size=scheduler.model_config.vocab_size,
+            max_tokens=min(
+                scheduler.req_to_token_pool.max_context_len, scheduler.max_total_num_tokens
+            ),
+        )
         self.worker_id: int = scheduler.ares.worker_id
         self.speaks: bool = scheduler.ares.speaks
         self.kv_capacity = int(scheduler.max_total_num_tokens)
@@ -152,6 +160,12 @@ class SchedulerMigrationHost:
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker takes no further request now."""
         scheduler = self._scheduler
+        if offer.spec.rid in scheduler.ares.received:
+            return "the request is here already"
+        adapters = scheduler.tp_worker.model_runner.lora_manager
+        lora_id = offer.spec.lora_id
+        if lora_id is not None and (adapters is None or lora_id not in adapters.lora_refs):
+            return "the LoRA adapter is not loaded here"
         if scheduler._engine_paused:
             return "engine paused"
         if len(scheduler.inbound_migrations()) > self._limits.max_inbound:

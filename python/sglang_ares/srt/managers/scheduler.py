@@ -12,6 +12,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_ares.srt.disaggregation.checks import resume_fault
 from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
@@ -28,7 +29,6 @@ from sglang_ares.srt.managers.io_struct import (
     PeerDied,
     PeerDiedAck,
     Resume,
-    StartMigration,
 )
 from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
@@ -165,17 +165,22 @@ class AresScheduler(Scheduler):
         elif isinstance(message, Discard):
             self._discard(message)
         elif self.migrations is None or self.resumed is None:
-            logger.warning("dropped a %s: not a decode worker", type(message).__name__)
+            self.ares.dropped.count(f"{type(message).__name__} is not for a prefill worker")
         elif isinstance(message, Resume):
-            if not self.ares.is_void(message.spec.rid):
-                self.resumed.start(message)
+            self._resume(message)
         elif isinstance(message, InjectFault):
             if self._faults is not None:
                 self._faults.arm(message)
-        elif isinstance(message, StartMigration):
-            self.migrations.start(message, now)
         else:
-            self.migrations.handle(message, now)
+            self.migrations.receive(message, now)
+
+    def _resume(self, message: Resume) -> None:
+        assert self.resumed is not None
+        fault = resume_fault(message, self._host.facts)
+        if fault is not None:
+            self.ares.dropped.count(f"Resume of {message.spec.rid}: {fault}")
+        elif not self.ares.is_void(message.spec.rid):
+            self.resumed.start(message)
 
     def _let_go_of(self, message: PeerDied, now: float) -> None:
         """A worker died: migrations with it end, and nothing waits for its KV any longer."""
@@ -193,7 +198,8 @@ class AresScheduler(Scheduler):
             self.abort_request(AbortReq(rid=rid))
 
     def _connect(self, message: ConnectPeers) -> None:
-        self.ares.connect(message.peers)
+        if not self.ares.connect(message.peers):
+            return
         if self.migrations is None:
             return
         self.migrations.connect(message.peers)

@@ -6,11 +6,13 @@ import logging
 import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import zmq
 
+from sglang_ares.srt.disaggregation.checks import peers_fault
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     Landed,
@@ -24,6 +26,8 @@ from sglang_ares.srt.managers.io_struct import (
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.policy.types import DECODE, RequestLoad, WorkerLoad
+from sglang_ares.srt.security.bounds import MAX_LISTED
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -64,16 +68,21 @@ class WorkerAgent:
         self.speaks = speaks
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
+        self.dropped = DroppedFrames(f"worker-{spec.worker_id}")
         self._mailbox: Mailbox | None = None
         if speaks:
-            self._mailbox = Mailbox(zmq.Context(1), spec.control_endpoint)
+            context = zmq.Context(1)
+            # Kept: it stops when nobody refers to it any more.
+            self._admission = spec.curve_keys and spec.curve_keys.admit(context)
+            self._mailbox = Mailbox(
+                context, spec.control_bind, keys=spec.curve_keys, dropped=self.dropped
+            )
             self._mailbox.connect(CONTROLLER, spec.controller_endpoint)
         # What the front sent for each live request, to send along when it moves.
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self._arrived_at: dict[str, float] = {}
         self._landings: list[_Landing] = []
         self._last_report = float("-inf")
-        self._dropped_frames = 0
         self._decode_steps = 0
         self._decode_time_s = 0.0
         self._last_step_end: float | None = None
@@ -101,21 +110,32 @@ class WorkerAgent:
         try:
             message: Message = self._decoder.decode(frame)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            self._dropped_frames += 1
-            logger.warning("dropped a malformed control message: %s", error)
+            self.dropped.count(f"malformed: {error}")
             return None
         return message
 
-    def connect(self, peers: list[Peer]) -> None:
-        """Make all workers reachable, this one included (a message to oneself is legal)."""
-        if self._mailbox is not None:
-            for peer in peers:
-                self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+    def connect(self, peers: list[Peer]) -> bool:
+        """Make all workers reachable, this one included (a message to oneself is legal); false if
+        the list cannot be true."""
+        fault = peers_fault(peers, self.worker_id, self.role)
+        try:
+            if fault is None and self._mailbox is not None:
+                for peer in peers:
+                    self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+        except zmq.ZMQError as error:
+            fault = f"an endpoint cannot be connected to: {error}"
+        if fault is not None:
+            self.dropped.count(f"ConnectPeers: {fault}")
+        return fault is None
 
     def send(self, worker_id: int, message: Message) -> None:
-        """Send to a peer; a peer that died is not there to be told."""
-        if self._mailbox is not None and self._mailbox.knows(str(worker_id)):
+        """Send to a peer; one that died is not there to be told."""
+        if self._mailbox is None:
+            return
+        if self._mailbox.knows(str(worker_id)):
             self._mailbox.send(str(worker_id), encode(message))
+        else:
+            self.dropped.count(f"{type(message).__name__} for unknown worker {worker_id}")
 
     def report(self, message: Message) -> None:
         """Send to the controller."""
@@ -237,6 +257,7 @@ class WorkerAgent:
                 migrations_out=len(scheduler.outbound_migrations()),
                 retracted=self.retracted,
                 decode_step_ms=step_ms,
+                dropped_frames=self.dropped.total,
             )
         )
 
@@ -244,7 +265,8 @@ class WorkerAgent:
         """Drop what was kept of requests that are not here any more; their rids."""
         live = {req.rid for req in scheduler.live_requests()}
         arriving = {m.record.rid for m in scheduler.inbound_migrations()}
-        ended = [r for r in self.received if r not in live and r not in arriving]
+        gone = (r for r in self.received if r not in live and r not in arriving)
+        ended = list(islice(gone, MAX_LISTED))
         for rid in ended:
             del self.received[rid]
             self._arrived_at.pop(rid, None)
@@ -259,15 +281,18 @@ class WorkerAgent:
         return WorkerLoad(
             worker_id=self.worker_id,
             role=self.role,
-            kv_tokens=int(held),
+            kv_tokens=max(0, int(held)),
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
             queued_tokens=sum(r.seqlen for r in queued if not r.kv.holds_kv),
             decode_step_ms=step_ms,
             requests=(
-                *(self._request_load(scheduler, r, now, runs=True) for r in running),
-                *(self._request_load(scheduler, r, now, runs=False) for r in queued),
+                *(self._request_load(scheduler, r, now, runs=True) for r in running[:MAX_LISTED]),
+                *(
+                    self._request_load(scheduler, r, now, runs=False)
+                    for r in queued[: max(0, MAX_LISTED - len(running))]
+                ),
             ),
         )
 

@@ -52,7 +52,12 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("imbalance_ratio", "gauge", (), "Most resident tokens of a decode worker over the mean."),
     ("worker_losses_total", "counter", ("worker", "role"), "Workers declared dead."),
     ("recovered_requests_total", "counter", (), "Requests continued by a further attempt."),
-    ("dropped_control_frames_total", "counter", (), "Malformed control messages dropped."),
+    (
+        "dropped_control_frames_total",
+        "counter",
+        ("where",),
+        "Control messages not let in, by receiver (controller, front, worker-N).",
+    ),
 )
 
 
@@ -67,6 +72,7 @@ class ControllerMetrics:
         self._decode_tokens: dict[int, int] = {}
         # A worker reports its retractions since its start.
         self._retracted: dict[int, int] = {}
+        self._dropped: dict[str, int] = {}
         for name, kind, labels, text in SERIES:
             full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
             if kind == "counter":
@@ -119,6 +125,7 @@ class ControllerMetrics:
         self._retracted[load.worker_id] = report.retracted
         self._of("retractions_total", **where).inc(new)
         self._of("decode_step_seconds", **where).set(report.decode_step_ms / 1e3)
+        self.dropped(f"worker-{report.worker_id}", report.dropped_frames)
         if load.role == "decode":
             self._decode_tokens[load.worker_id] = load.kv_tokens
             mean = sum(self._decode_tokens.values()) / len(self._decode_tokens)
@@ -133,9 +140,14 @@ class ControllerMetrics:
         """A request goes on by a further attempt."""
         self._of("recovered_requests_total").inc()
 
-    def dropped_frame(self) -> None:
-        """A malformed message was dropped."""
-        self._of("dropped_control_frames_total").inc()
+    def dropped(self, where: str, total: int) -> None:
+        """A receiver has dropped ``total`` messages since it started."""
+        before = self._dropped.get(where, 0)
+        self._dropped[where] = total
+        # Less than before: it has been started anew.
+        self._of("dropped_control_frames_total", where=where).inc(
+            total - before if total >= before else total
+        )
 
 
 class _NoMetrics(ControllerMetrics):
@@ -155,4 +167,4 @@ class _NoMetrics(ControllerMetrics):
 
     def recovered(self) -> None: ...
 
-    def dropped_frame(self) -> None: ...
+    def dropped(self, where: str, total: int) -> None: ...
