@@ -48,6 +48,11 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
     row = first_refusal(CLUSTER, server_args)
     if row is not None:
         raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
+    if ares_args.kv_checksum and server_args.tp_size > 1:
+        raise AresArgsError(
+            "--ares-kv-checksum cannot be used with --tp-size > 1: every rank holds other KV, and "
+            "only one checksum travels. Drop one of them."
+        )
     _check_model_path(server_args.model_path)
     if server_args.device == "cpu":
         # Before any child starts: several workers share few cores, and nothing can be learnt

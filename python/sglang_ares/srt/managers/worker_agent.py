@@ -312,8 +312,8 @@ class WorkerAgent:
             rid=req.rid,
             tokens=req.seqlen,
             output_tokens=len(req.output_ids),
-            age_s=now - arrived,
-            since_move_s=now - arrived,
+            age_s=max(0.0, now - arrived),
+            since_move_s=max(0.0, now - arrived),
             movable=movable,
         )
 
