@@ -37,6 +37,7 @@ from sglang_ares.srt.managers.io_struct import (
     ControllerInbound,
     Decoder,
     FrontInbound,
+    LedgerInbound,
     Message,
     Offer,
     QueryReply,
@@ -48,6 +49,7 @@ REJECTED = (msgspec.ValidationError, msgspec.DecodeError)
 UNIONS: dict[str, Any] = {
     "worker": WorkerInbound,
     "controller": ControllerInbound,
+    "ledger": LedgerInbound,
     "front": FrontInbound,
     "reply": QueryReply,
 }
