@@ -53,9 +53,11 @@ OTHER_VALUES: dict[str, Any] = {
 def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     value = OTHER_VALUES.get(field.name)
     if value is None:
-        value = type(field.default)(field.default + 3)
+        is_switch = isinstance(field.default, bool)
+        value = not field.default if is_switch else type(field.default)(field.default + 3)
     assert value != field.default
-    args = parsed(flag_name(field.name), str(value))
+    given = [] if value is True else [str(value)]
+    args = parsed(flag_name(field.name), *given)
     assert getattr(args, field.name) == value
     assert args == dataclasses.replace(AresArgs(), **{field.name: value})
 
