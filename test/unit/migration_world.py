@@ -30,6 +30,7 @@ from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.request_state import tokenized_input, unpack_ids
 from sglang_ares.srt.managers.io_struct import (
+    Adopted,
     Decoder,
     Message,
     MigrationResult,
@@ -636,12 +637,19 @@ class Worker:
     def forget(self, rid: str) -> None:
         """Nothing is kept here beyond the queues."""
 
+    def lost(self, req: Req, reason: str) -> None:
+        self.world.lost.append((self.worker_id, req.rid))
+        self.release(req)
+
     def send(self, worker_id: int, message: Message) -> None:
         self.world.network[self.worker_id, worker_id].append(encode(message))
 
     def report(self, message: Message) -> None:
-        assert isinstance(message, MigrationResult)
-        self.world.results.append(message)
+        if isinstance(message, Adopted):
+            self.world.adopted.append(message)
+        else:
+            assert isinstance(message, MigrationResult)
+            self.world.results.append(message)
 
     def decode_step_s(self) -> float:
         return 0.01
@@ -694,6 +702,9 @@ class World:
         self.network: dict[tuple[int, int], deque[bytes]] = defaultdict(deque)
         self.front: dict[int, deque[str]] = defaultdict(deque)
         self.results: list[MigrationResult] = []
+        self.adopted: list[Adopted] = []
+        # (worker, request): it asked for a new attempt.
+        self.lost: list[tuple[int, str]] = []
         self.commanded: list[int] = []
         self.streams: dict[str, list[int]] = {}
         self.ends: dict[str, list[str]] = {}

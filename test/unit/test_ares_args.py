@@ -65,7 +65,8 @@ def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
             assert given == dataclasses.replace(AresArgs(), **{field.name: default})
         return
     if value is None:
-        value = type(field.default)(field.default + 3)
+        is_switch = isinstance(field.default, bool)
+        value = not field.default if is_switch else type(field.default)(field.default + 3)
     assert value != field.default
     args = parsed(flag_name(field.name), *([] if value is True else [str(value)]))
     assert getattr(args, field.name) == value

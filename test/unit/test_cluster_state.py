@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_ares.srt.managers.attempts import internal_rid
 from sglang_ares.srt.managers.cluster_state import (
+    DYING,
+    FAILED_FOR_GOOD,
+    READY,
+    RESTARTING,
     ClusterState,
     MovingRequest,
+    Ownership,
     WorkerView,
 )
-from sglang_ares.srt.managers.io_struct import MigrationResult, PoolCounters, WorkerReport
+from sglang_ares.srt.managers.io_struct import Adopted, MigrationResult, PoolCounters, WorkerReport
 from sglang_ares.srt.policy.types import DECODE, PREFILL, RequestLoad, WorkerLoad
 
 P0, D1, D2 = 0, 1, 2
@@ -36,6 +43,17 @@ def new_state() -> ClusterState:
     )
 
 
+def first_attempt(rid: str) -> str:
+    """What the workers call a request that was dispatched once."""
+    return internal_rid(rid, 0)
+
+
+def dispatch(state: ClusterState, rid: str, prefill: int, decode: int, tokens: int) -> Ownership:
+    owner = Ownership(rid, None, prefill, decode, dispatched_at=time.monotonic())
+    state.note_dispatch(owner, tokens)
+    return owner
+
+
 def report(
     worker_id: int,
     requests: dict[str, int] | None = None,
@@ -47,6 +65,7 @@ def report(
     requests = requests or {}
     return WorkerReport(
         worker_id=worker_id,
+        incarnation=0,
         load=WorkerLoad(
             worker_id=worker_id,
             role=PREFILL if worker_id == P0 else DECODE,
@@ -57,7 +76,7 @@ def report(
             queued_tokens=queued_tokens,
             requests=tuple(
                 RequestLoad(
-                    rid=rid,
+                    rid=first_attempt(rid),
                     tokens=tokens,
                     output_tokens=1,
                     age_s=1.0,
@@ -67,7 +86,7 @@ def report(
                 for rid, tokens in requests.items()
             ),
         ),
-        finished=finished or [],
+        finished=[first_attempt(rid) for rid in finished or []],
         pools=PoolCounters(
             kv_free=1,
             kv_cached=2,
@@ -85,7 +104,7 @@ def report(
 
 
 def start(state: ClusterState, migration_id: int, rid: str, source: int, target: int) -> None:
-    state.note_migration_started(migration_id, MovingRequest(rid, source, target))
+    state.note_migration_started(migration_id, MovingRequest(first_attempt(rid), source, target))
 
 
 def result(
@@ -98,7 +117,7 @@ def result(
 ) -> MigrationResult:
     return MigrationResult(
         migration_id=migration_id,
-        rid=rid,
+        rid=first_attempt(rid),
         source=source,
         target=target,
         outcome=outcome,
@@ -125,7 +144,7 @@ def test_workers_without_a_report_are_empty(state: ClusterState) -> None:
 
 
 def test_a_dispatched_request_counts_until_a_report_shows_it(state: ClusterState) -> None:
-    state.note_dispatch("r", P0, D1, 300)
+    dispatch(state, "r", P0, D1, 300)
     for role in (PREFILL, DECODE):
         first = state.loads(role)[0]
         assert (first.queued, first.queued_tokens, first.load_tokens) == (1, 300, 300)
@@ -137,7 +156,7 @@ def test_a_dispatched_request_counts_until_a_report_shows_it(state: ClusterState
 
 
 def test_finished_on_both_workers_leaves_nothing(state: ClusterState) -> None:
-    state.note_dispatch("r", P0, D1, 300)
+    dispatch(state, "r", P0, D1, 300)
     state.note_report(report(P0, {"r": 300}))
     state.note_report(report(P0, finished=["r"]))
     assert "r" in state.owners, "prefill is through, the request is not"
@@ -147,7 +166,7 @@ def test_finished_on_both_workers_leaves_nothing(state: ClusterState) -> None:
 
 
 def test_finished_between_two_reports_leaves_nothing(state: ClusterState) -> None:
-    state.note_dispatch("r", P0, D1, 300)
+    dispatch(state, "r", P0, D1, 300)
     state.note_report(report(D1, finished=["r"]))
     state.note_report(report(P0, finished=["r"]))
     assert empty(state)
@@ -165,7 +184,7 @@ def test_reports_of_strangers_are_ignored(state: ClusterState) -> None:
 
 def test_finished_elsewhere_does_not_end_the_request(state: ClusterState) -> None:
     """A worker that never owned it (an abort went to all) says that it has left."""
-    state.note_dispatch("r", P0, D1, 300)
+    dispatch(state, "r", P0, D1, 300)
     state.note_report(report(D2, finished=["r"]))
     assert state.owners["r"].decode == D1
 
@@ -174,7 +193,7 @@ def test_finished_elsewhere_does_not_end_the_request(state: ClusterState) -> Non
 
 
 def test_a_completed_migration_changes_the_owner(state: ClusterState) -> None:
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     start(state, 1, "r", D1, D2)
     assert state.note_migration_result(result(1))
     assert state.owners["r"].decode == D2
@@ -191,7 +210,7 @@ def test_a_completed_migration_changes_the_owner(state: ClusterState) -> None:
 def test_a_request_that_moved_before_its_first_report_leaves_nothing(state: ClusterState) -> None:
     """Dispatched, moved away before the source's next report, finished on the target: the
     source never lists it, neither as running nor as finished."""
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     start(state, 1, "r", D1, D2)
     state.note_report(report(P0, finished=["r"]))
     state.note_migration_result(result(1))
@@ -205,7 +224,7 @@ def test_a_request_that_moved_before_its_first_report_leaves_nothing(state: Clus
 def test_a_migration_that_did_not_happen_changes_no_owner(
     state: ClusterState, outcome: str
 ) -> None:
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     start(state, 1, "r", D1, D2)
     assert state.note_migration_result(result(1, outcome=outcome, reason="why: because"))
     assert state.owners["r"].decode == D1
@@ -230,7 +249,7 @@ def test_the_target_reports_the_end_before_the_source_reports_the_move(
     state: ClusterState,
 ) -> None:
     """Two sockets, no order between them."""
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     state.note_report(report(D1, {"r": 10}))
     start(state, 1, "r", D1, D2)
     state.note_report(report(P0, finished=["r"]))
@@ -244,7 +263,7 @@ def test_the_target_reports_the_end_before_the_source_reports_the_move(
 def test_the_source_reports_the_end_of_a_request_that_did_not_get_away(
     state: ClusterState,
 ) -> None:
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     start(state, 1, "r", D1, D2)
     state.note_report(report(P0, finished=["r"]))
     state.note_report(report(D1, finished=["r"]))
@@ -255,7 +274,7 @@ def test_the_source_reports_the_end_of_a_request_that_did_not_get_away(
 def test_a_cancelled_arrival_is_not_taken_for_the_end(state: ClusterState) -> None:
     """The target built the request, then the migration failed: the target lists it as gone,
     maybe before the source reports the failure. The request lives on at the source."""
-    state.note_dispatch("r", P0, D1, 10)
+    dispatch(state, "r", P0, D1, 10)
     state.note_report(report(D1, {"r": 12}))
     start(state, 1, "r", D1, D2)
     state.note_report(report(D2, finished=["r"]))
@@ -269,7 +288,7 @@ def test_a_moving_request_is_not_movable(state: ClusterState) -> None:
     state.note_report(report(D1, {"r": 10, "other": 5}))
     start(state, 1, "r", D1, D2)
     requests = state.loads(DECODE)[0].requests
-    assert {r.rid: r.movable for r in requests} == {"r": False, "other": True}
+    assert {r.rid: r.movable for r in requests} == {"r#00": False, "other#00": True}
     state.note_migration_result(result(1, outcome="refused", reason="x"))
     assert all(r.movable for r in state.loads(DECODE)[0].requests)
 
@@ -289,7 +308,7 @@ def test_no_entry_is_left_behind(data: Any) -> None:
     for i in range(count):
         rid = f"r{i}"
         home = data.draw(st.sampled_from([D1, D2]))
-        state.note_dispatch(rid, P0, home, 10)
+        dispatch(state, rid, P0, home, 10)
         queues[P0].append(report(P0, finished=[rid]))
         if data.draw(st.booleans()):
             queues[home].append(report(home, {rid: 11}))
@@ -316,11 +335,104 @@ def test_no_entry_is_left_behind(data: Any) -> None:
     assert empty(state), (state.owners, {w.worker_id: w.dispatched for w in state.workers.values()})
 
 
+# --- attempts and deaths --------------------------------------------------------------------
+
+
+def adopted(migration_id: int, rid: str, worker_id: int) -> Adopted:
+    return Adopted(migration_id=migration_id, rid=first_attempt(rid), worker_id=worker_id)
+
+
+def test_only_the_current_attempt_has_an_owner(state: ClusterState) -> None:
+    owner = dispatch(state, "r", P0, D1, 10)
+    assert state.owner_of("r#00") is owner
+    owner.attempt = 2
+    assert owner.name == "r#02" and state.owner_of("r#02") is owner
+    for name in ("r", "r#00", "r#01", "r#03", "s#02"):
+        assert state.owner_of(name) is None
+
+
+def test_what_a_void_attempt_reports_changes_nothing(state: ClusterState) -> None:
+    """The old worker wakes up and says that it has finished; the new attempt still runs."""
+    owner = dispatch(state, "r", P0, D1, 10)
+    owner.attempt, owner.decode = 1, D2
+    state.note_dispatch(owner, 14)
+    state.note_report(report(D1, finished=["r"]))
+    state.note_adopted(adopted(1, "r", D1))
+    assert state.owners["r"].decode == D2
+
+
+def test_a_request_that_is_being_recovered_is_nowhere(state: ClusterState) -> None:
+    """Whatever is still said of it, the token ledger decides how it goes on."""
+    owner = dispatch(state, "r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    owner.recovering = True
+    state.note_report(report(D1, finished=["r"]))
+    state.note_adopted(adopted(1, "r", D2))
+    state.note_migration_result(result(1))
+    assert state.owners["r"] is owner and owner.decode == D1
+
+
+def test_the_target_itself_says_that_it_owns_the_request(state: ClusterState) -> None:
+    """Its source dies before it has reported the move."""
+    dispatch(state, "r", P0, D1, 10)
+    start(state, 1, "r", D1, D2)
+    state.note_adopted(adopted(1, "r", D2))
+    assert state.owners["r"].decode == D2
+    state.note_lost(D1)
+    assert not state.moving and state.migrations_failed == {"source died": 1}
+    state.note_report(report(P0, finished=["r"]))
+    state.note_report(report(D2, {"r": 12}))
+    state.note_report(report(D2, finished=["r"]))
+    assert empty(state)
+
+
+def test_a_dead_worker_has_no_load_and_no_moves(state: ClusterState) -> None:
+    dispatch(state, "waiting", P0, D1, 30)
+    state.note_report(report(D1, {"r": 100}))
+    start(state, 1, "r", D1, D2)
+    start(state, 2, "s", D2, D1)
+    state.note_lost(D1)
+    assert list(state.moving) == [2], "the source of a move towards it reports by itself"
+    assert state.workers[D1].report is None and not state.workers[D1].dispatched
+    assert state.workers[P0].dispatched, "what was sent to others still counts there"
+
+
+@pytest.mark.parametrize("lost", [DYING, RESTARTING, FAILED_FOR_GOOD])
+def test_a_lost_worker_takes_nothing_and_its_reports_do_not_count(
+    state: ClusterState, lost: str
+) -> None:
+    dispatch(state, "r", P0, D1, 30)
+    state.workers[D1].state = lost
+    state.note_report(report(D1, {"x": 5}, finished=["r"]))
+    assert state.workers[D1].report is None and "r" in state.owners
+    assert [w.worker_id for w in state.loads(DECODE)] == [D2]
+
+
+def test_a_report_of_an_earlier_incarnation_does_not_count(state: ClusterState) -> None:
+    state.workers[D1].incarnation = 1
+    assert state.workers[D1].state == READY
+    state.note_report(report(D1, {"x": 5}))
+    assert state.workers[D1].report is None
+
+
+def test_documents_tell_of_a_lost_worker_and_of_attempts(state: ClusterState) -> None:
+    owner = dispatch(state, "r", P0, D2, 30)
+    owner.attempt = 3
+    view = state.workers[D1]
+    view.state, view.reason, view.incarnation = RESTARTING, "died (exit code -9)", 2
+    document = state.status(POLICIES)["workers"][1]
+    assert (document["state"], document["restarts"]) == ("restarting", 2)
+    assert document["reason"] == "died (exit code -9)"
+    assert "reason" not in state.status(POLICIES)["workers"][2]
+    (entry,) = state.requests()
+    assert (entry["rid"], entry["attempt"], entry["worker"]) == ("r", 3, D2)
+
+
 # --- documents ------------------------------------------------------------------------------
 
 
 def test_status_document(state: ClusterState) -> None:
-    state.note_dispatch("waiting", P0, D1, 30)
+    dispatch(state, "waiting", P0, D1, 30)
     state.note_report(report(D1, {"r": 100}, queued=2, queued_tokens=50))
     start(state, 1, "r", D1, D2)
     start(state, 2, "s", D1, D2)
@@ -345,8 +457,8 @@ def test_status_document(state: ClusterState) -> None:
         "causes": {"manual": 0, "policy": 4, "memory": 0, "drain": 0},
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
-    required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",
-                "kv_capacity"}  # fmt: skip
+    required = {"id", "role", "state", "restarts", "pids", "running", "queued",
+                "queued_tokens", "kv_tokens", "kv_capacity"}  # fmt: skip
     for worker in document["workers"]:
         assert required <= set(worker)
     reported = document["workers"][1]
@@ -359,11 +471,11 @@ def test_status_document(state: ClusterState) -> None:
 
 
 def test_requests_document(state: ClusterState) -> None:
-    state.note_dispatch("r", P0, D1, 30)
-    state.note_dispatch("new", P0, D2, 40)
+    dispatch(state, "r", P0, D1, 30)
+    dispatch(state, "new", P0, D2, 40)
     state.note_report(report(D1, {"r": 33}))
     first, second = json.loads(json.dumps(state.requests()))
-    assert set(first) == {"rid", "worker", "tokens", "age_s"}
+    assert set(first) == {"rid", "worker", "tokens", "age_s", "attempt"}
     assert (first["rid"], first["worker"], first["tokens"]) == ("r", D1, 33)
     assert (second["rid"], second["worker"]) == ("new", D2)
     assert first["age_s"] >= second["age_s"] >= 0
@@ -371,7 +483,7 @@ def test_requests_document(state: ClusterState) -> None:
 
 def test_a_request_on_two_reports_is_listed_once(state: ClusterState) -> None:
     """At a hand-over both workers may have listed it."""
-    state.note_dispatch("r", P0, D1, 30)
+    dispatch(state, "r", P0, D1, 30)
     start(state, 1, "r", D1, D2)
     state.note_report(report(D1, {"r": 40}))
     state.note_report(report(D2, {"r": 41}))
@@ -382,7 +494,7 @@ def test_a_request_on_two_reports_is_listed_once(state: ClusterState) -> None:
 def test_what_moves_counts_where_it_goes(state: ClusterState) -> None:
     """Otherwise the next round would close the same gap once more."""
     request = RequestLoad(
-        rid="r", tokens=300, output_tokens=1, age_s=1, since_move_s=1, movable=True
+        rid="r#00", tokens=300, output_tokens=1, age_s=1, since_move_s=1, movable=True
     )
     for worker_id, held in ((D1, 400), (D2, 0)):
         load = WorkerLoad(

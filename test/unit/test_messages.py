@@ -40,6 +40,7 @@ from sglang_ares.srt.managers.io_struct import (
     Decoder,
     FrontInbound,
     Landed,
+    LedgerInbound,
     Message,
     MigrationResult,
     Offer,
@@ -55,6 +56,7 @@ REJECTED = (msgspec.ValidationError, msgspec.DecodeError)
 UNIONS: dict[str, Any] = {
     "worker": WorkerInbound,
     "controller": ControllerInbound,
+    "ledger": LedgerInbound,
     "front": FrontInbound,
     "reply": QueryReply,
 }

@@ -826,17 +826,42 @@ def test_who_holds_memory_for_an_unknown_migration_is_told_to_free_it(orphan: Me
     assert answer == Cancel(migration_id=9, source=0, reason="migration unknown at the source")
 
 
-def test_messages_of_unknown_migrations_to_a_source_are_ignored() -> None:
+@pytest.mark.parametrize(
+    "late",
+    [
+        Refuse(migration_id=9, worker_id=1, reason="x"),
+        Committed(migration_id=9, worker_id=1),
+        Cancelled(migration_id=9, worker_id=1),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_the_end_of_an_unknown_migration_is_ignored_by_its_source(late: Message) -> None:
     world = World()
     world.submit("r")
     manager = world.workers[0].manager
-    for late in (
-        Committed(migration_id=9, worker_id=1),
-        Cancelled(migration_id=9, worker_id=1),
-        Refuse(migration_id=9, worker_id=1, reason="x"),
-    ):
-        manager.handle(late, world.now)
+    manager.handle(late, world.now)
     assert not manager.active and not any(world.network.values()) and not world.results
+    assert world.owner("r") == 0
+
+
+@pytest.mark.parametrize(
+    "late",
+    [
+        Accept(migration_id=9, worker_id=1, prefix_tokens=0),
+        TransferFailed(migration_id=9, worker_id=1, reason="x"),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_target_of_an_unknown_migration_may_let_go(late: Message) -> None:
+    """Its source was restarted, or gave up before: nothing is in flight, the target is told."""
+    world = World()
+    world.submit("r")
+    manager = world.workers[0].manager
+    manager.handle(late, world.now)
+    assert not manager.active and not world.results
+    assert messages(world, 0, 1) == [
+        Cancel(migration_id=9, source=0, reason="migration unknown at the source")
+    ]
     assert world.owner("r") == 0
 
 

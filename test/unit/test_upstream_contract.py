@@ -48,6 +48,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("entrypoints.engine", "Engine._launch_subprocesses",
      ("server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
       "run_detokenizer_process_func"), "launch_server.py"),
+    ("entrypoints.engine", "Engine.run_detokenizer_process_func", (), "engine.py"),
     ("entrypoints.engine", "Engine.shutdown", (), "engine.py"),
     ("entrypoints.engine", "SchedulerInitResult",
      ("scheduler_infos", "all_child_pids", "wait_for_ready", "block_until_scheduler_exits"),
@@ -62,18 +63,26 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("entrypoints.http_server", "app.include_router", ("router",), "launch_server.py"),
     ("managers.tokenizer_manager", "TokenizerManager.update_control_communicator_fan_out",
      ("worker_count",), "tokenizer_manager.py"),
+    ("managers.tokenizer_manager", "TokenizerManager.update_active_ranks", ("ranks",),
+     "tokenizer_manager.py"),
+    ("managers.communicator", "FanOutCommunicator", ("send", "fan_out", "mode"),
+     "tokenizer_manager.py"),
+    ("managers.io_struct", "ActiveRanksOutput", ("status",), "controller.py"),
+    ("managers.io_struct", "ShutdownReq", (), "controller.py"),
     ("managers.detokenizer_manager", "run_detokenizer_process",
      ("server_args", "port_args", "detokenizer_manager_class"), "worker_process.py"),
     ("managers.detokenizer_manager", "DetokenizerManager", ("server_args", "port_args"),
      "detokenizer_manager.py"),
     ("managers.detokenizer_manager", "DetokenizerManager.init_running_status",
      ("server_args",), "detokenizer_manager.py"),
+    ("managers.detokenizer_manager", "DetokenizerManager.event_loop", (),
+     "detokenizer_manager.py"),
     ("managers.detokenizer_manager", "DetokenizerManager.handle_batch_token_id_out",
      ("recv_obj",), "detokenizer_manager.py"),
     ("managers.detokenizer_manager", "DETOKENIZER_MAX_STATES", (), "detokenizer_manager.py"),
     ("managers.io_struct", "BatchTokenIDOutput",
-     ("rids", "finished_reasons", "output_ids", "completion_tokens", "beam_search_output"),
-     "detokenizer_manager.py"),
+     ("rids", "finished_reasons", "output_ids", "completion_tokens", "reasoning_tokens",
+      "cached_tokens", "beam_search_output"), "token_ledger.py"),
     ("managers.io_struct", "BatchStrOutput", (), "detokenizer_manager.py"),
     ("managers.io_struct", "PickleWrapper", (), "detokenizer_manager.py"),
     ("managers.io_struct", "wrap_as_pickle", ("obj",), "detokenizer_manager.py"),
@@ -122,7 +131,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.utils", "is_health_check_generate_req", ("recv_req",), "controller.py"),
     ("disaggregation.utils", "FAKE_BOOTSTRAP_HOST", (), "controller.py"),
     ("managers.io_struct", "sock_recv", ("socket", "flags"), "controller.py"),
-    ("managers.io_struct", "AbortReq", ("rid", "abort_all"), "controller.py"),
+    ("managers.io_struct", "AbortReq", ("rid", "abort_all", "finished_reason"), "controller.py"),
     ("managers.load_snapshot", "ShmLoadSnapshotWriter",
      ("path", "dp_size", "dp_rank", "publish_interval"), "load_snapshots.py"),
     ("managers.load_snapshot", "ShmLoadSnapshotWriter.write", ("snapshot",),
@@ -158,16 +167,23 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.scheduler", "Scheduler.abort_request", ("recv_req",), "scheduler.py"),
     ("managers.scheduler", "Scheduler._get_new_prebuilt_batch", ("running_batch",),
      "scheduler.py"),
+    ("managers.scheduler_components.ipc_channels", "SchedulerIpcChannels",
+     ("send_to_tokenizer",), "scheduler.py"),
+    ("managers.scheduler_components.output_sender", "SenderWrapper", ("socket",),
+     "output_streamer.py"),
+    ("managers.scheduler_components.output_sender", "SenderWrapper.send_output",
+     ("output", "recv_obj"), "output_streamer.py"),
     ("managers.scheduler_components.output_streamer", "SchedulerOutputStreamer.stream_output",
      ("reqs", "return_logprob", "skip_req"), "output_streamer.py"),
     ("managers.scheduler_components.idle_sleeper", "IdleSleeper", (), "scheduler.py"),
-    ("managers.schedule_batch", "FINISH_ABORT", (), "output_streamer.py"),
+    ("managers.schedule_batch", "FINISH_ABORT", ("message",), "output_streamer.py"),
     ("managers.schedule_batch", "ScheduleBatch.filter_batch", ("keep_indices",),
      "migration_host.py"),
     ("managers.schedule_batch", "Req", ("rid", "origin_input_text", "origin_input_ids",
                                         "sampling_params"), "request_state.py"),
     ("managers.schedule_batch", "Req.finished", (), "source.py"),
     ("managers.schedule_batch", "Req.seqlen", (), "worker_agent.py"),
+    ("managers.schedule_batch", "Req.init_incremental_detokenize", (), "request_state.py"),
     ("managers.io_struct", "TokenizedGenerateReqInput",
      (*request_state._SPEC_FIELDS, "input_ids", "input_embeds", "mm_inputs", "token_type_ids",
       "bootstrap_host", "bootstrap_port", "bootstrap_room"), "request_state.py"),
@@ -179,6 +195,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("max_new_tokens", "sampling_seed", "beam_width", "n"), "request_state.py"),
     ("observability.req_time_stats", "SchedulerReqTimeStats.set_wait_queue_entry_time", (),
      "migration_host.py"),
+    ("observability.req_time_stats",
+     "SchedulerReqTimeStats.set_decode_prealloc_queue_entry_time", (), "scheduler.py"),
     ("constrained.base_grammar_backend", "BaseGrammarObject.accept_token", ("token",),
      "request_state.py"),
     ("model_executor.forward_batch_info", "ForwardMode.is_decode", (), "scheduler.py"),
@@ -209,6 +227,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("req", "prefix_indices", "prefix_len"), "migration_host.py"),
     ("disaggregation.decode", "DecodePreallocQueue._allocatable_token_budgets",
      ("count_retracted", "extra_reserved_reqs"), "migration_host.py"),
+    ("disaggregation.decode", "DecodePreallocQueue.add", ("req", "is_rebootstrap"), "resume.py"),
     ("disaggregation.decode", "DecodeTransferQueue", (), "scheduler.py"),
     ("disaggregation.prefill", "PrefillBootstrapQueue", (), "scheduler.py"),
     ("disaggregation.utils", "DisaggregationMode.PREFILL", (), "kv_link.py"),
@@ -229,6 +248,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("args", "disaggregation_mode", "server_args", "is_mla_backend"), "kv_link.py"),
     ("disaggregation.common.conn", "CommonKVManager.try_ensure_parallel_info",
      ("bootstrap_addr",), "kv_link.py"),
+    ("disaggregation.common.conn", "CommonKVManager.submit_prefill_recompute",
+     ("kv_receiver", "payload"), "resume.py"),
     ("disaggregation.common.conn", "CommonKVSender",
      ("mgr", "bootstrap_addr", "bootstrap_room", "dest_tp_ranks", "pp_rank"), "kv_link.py"),
     ("disaggregation.common.conn", "CommonKVSender.init", ("num_kv_indices", "aux_index"),
@@ -304,8 +325,18 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang.srt.entrypoints.engine.Engine",
         (
             "__init__", "_launch_subprocesses", "_launch_scheduler_processes", "shutdown",
-            "init_tokenizer_manager_func", "run_detokenizer_process_func",
+            "init_tokenizer_manager_func",
         ),
+    ),
+    "AresTokenizerManager": (
+        "sglang_ares.srt.managers.tokenizer_manager",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager",
+        ("update_active_ranks",),
+    ),
+    "AresOutputStreamer": (
+        "sglang_ares.srt.managers.output_streamer",
+        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
+        (),
     ),
     "PrefillOutputStreamer": (
         "sglang_ares.srt.managers.output_streamer",
@@ -320,7 +351,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "AresDetokenizerManager": (
         "sglang_ares.srt.managers.detokenizer_manager",
         "sglang.srt.managers.detokenizer_manager.DetokenizerManager",
-        ("init_running_status", "handle_batch_token_id_out"),
+        ("init_running_status", "event_loop", "handle_batch_token_id_out"),
     ),
     "ControlRequestReceiver": (
         "sglang_ares.srt.managers.control_intake",
@@ -359,6 +390,10 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "req.kv": (KV,),
     "r.kv": (KV,),
     "self.req.kv": (KV,),
+    "waiting.req": (REQ,),
+    "decode_req": ("disaggregation.decode.DecodeRequest",),
+    "decode_req.kv_receiver": ("disaggregation.nixl.conn.NixlKVReceiver",),
+    "req.finished_reason": ("managers.schedule_batch.FINISH_ABORT",),
     "req.grammar": ("constrained.base_grammar_backend.BaseGrammarObject",),
     "req.time_stats": ("observability.req_time_stats.SchedulerReqTimeStats",),
     "req.sampling_params": ("sampling.sampling_params.SamplingParams",),
@@ -406,12 +441,19 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self._scheduler.disagg_metadata_buffers": ("disaggregation.utils.MetadataBuffers",),
     "queue": (PREALLOC,),
     "scheduler.disagg_decode_prealloc_queue": (PREALLOC,),
+    "self._scheduler.disagg_decode_prealloc_queue": (PREALLOC,),
+    "scheduler.disagg_decode_transfer_queue": ("disaggregation.decode.DecodeTransferQueue",),
     "self.disagg_decode_transfer_queue": ("disaggregation.decode.DecodeTransferQueue",),
     "self.disagg_prefill_bootstrap_queue": ("disaggregation.prefill.PrefillBootstrapQueue",),
     "queue.kv_manager": ("disaggregation.nixl.conn.NixlKVManager",),
     "self._receive_manager": ("disaggregation.nixl.conn.NixlKVManager",),
     "sender": ("disaggregation.nixl.conn.NixlKVSender",),
-    "self._sender": ("disaggregation.nixl.conn.NixlKVSender",),
+    "self._sender": (
+        "disaggregation.nixl.conn.NixlKVSender",
+        "managers.scheduler_components.output_sender.SenderWrapper",
+    ),
+    "communicator": ("managers.communicator.FanOutCommunicator",),
+    "ranks": ("managers.io_struct.ActiveRanksOutput",),
     "sender.get_transfer_metric()": ("disaggregation.base.conn.KVTransferMetric",),
     "receiver": ("disaggregation.nixl.conn.NixlKVReceiver",),
     "self._receiver": ("disaggregation.nixl.conn.NixlKVReceiver",),
@@ -435,6 +477,7 @@ NOT_UPSTREAMS = {
     "req.output_ids", "self._scheduler.ares", "scheduler.ares", "self._scheduler.ares.received",
     "self._scheduler.waiting_queue", "orchestrator.penalizers", "pool.endpoint",
     "penalizer.frequency_penalties[row, 0]", "self.idle_sleeper.poller", "batch.reqs",
+    "communicator._result_event",
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.
 OURS = {
@@ -673,13 +716,15 @@ def test_every_subclass_of_upstream_is_in_the_table() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sglang"
         for alias in node.names
     } | upstream_names
-    found = {
-        node.name
+    bases = {
+        node.name: {b.id for b in node.bases if isinstance(b, ast.Name)}
         for _, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
-        and any(isinstance(b, ast.Name) and b.id in aliases for b in node.bases)
     }
+    found: set[str] = set()
+    while more := {name for name in bases if bases[name] & (aliases | found)} - found:
+        found |= more  # subclasses of our subclasses, too
     assert found == set(OVERRIDES)
 
 
@@ -718,6 +763,7 @@ def test_no_access_escapes_the_table() -> None:
         "front",
         "params",
         "landing",
+        "waiting",
     }
     unknown = set()
     for file, expression, attribute in accesses():
@@ -857,3 +903,44 @@ def test_upstream_builds_a_request_with_output_as_a_resumed_one() -> None:
 
     source = inspect.getsource(inspect.getmodule(DecodePreallocQueue))
     assert "pd_rebootstrap_in_progress" in source
+
+
+def test_upstream_takes_recomputed_kv_for_a_request_with_output() -> None:
+    """``rewind`` and ``ResumedRequests`` rely on upstream's rebootstrap: the prefill worker is
+    asked for the KV in one place, the last output token is put back, not sampled, and its
+    log-probability is not committed a second time."""
+    from sglang.srt.disaggregation import decode
+
+    publish = inspect.getsource(decode.DecodePreallocQueue)
+    assert publish.count("self.kv_manager.submit_prefill_recompute(") == 1
+    commit = inspect.getsource(decode.DecodeTransferQueue)
+    assert "committed_output_id = decode_req.req.pd_rebootstrap_forced_output_id" in commit
+    assert "if not replayed_boundary:" in commit
+
+
+def test_upstream_still_names_failed_transfers_so() -> None:
+    """A request is attempted again if its error begins like one of these."""
+    from sglang.srt.disaggregation import decode, prefill
+
+    from sglang_ares.srt.managers.output_streamer import KV_FAILURES
+
+    source = inspect.getsource(decode) + inspect.getsource(prefill)
+    for beginning in KV_FAILURES:
+        assert f'"{beginning}' in source, beginning
+
+
+def test_upstreams_detokenizer_loop_does_what_ours_repeats() -> None:
+    """``event_loop`` is replaced; this is all that upstream's does."""
+    from sglang.srt.managers.detokenizer_manager import DetokenizerManager
+
+    source = inspect.getsource(DetokenizerManager.event_loop)
+    body = [line.strip() for line in source.splitlines()[2:] if line.strip()]
+    assert body == [
+        "while True:",
+        "with self.soft_watchdog.disable():",
+        "recv_obj = sock_recv(self.recv_from_scheduler)",
+        "output = self._request_dispatcher(recv_obj)",
+        "if output is not None:",
+        "sock_send(self.send_to_tokenizer, output)",
+        "self.soft_watchdog.feed()",
+    ]
