@@ -53,6 +53,11 @@ def _value(info: Any, rng: random.Random) -> Any:
             return bytes(rng.randrange(256) for _ in range(rng.randint(0, 12)))
         case inspect.ListType() | inspect.VarTupleType():
             return [_value(info.item_type, rng) for _ in range(rng.randint(0, 3))]
+        case inspect.DictType():
+            return {
+                _value(info.key_type, rng): _value(info.value_type, rng)
+                for _ in range(rng.randrange(3))
+            }
         case inspect.BoolType():
             return rng.random() < 0.5
         case inspect.NoneType():

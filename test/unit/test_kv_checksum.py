@@ -75,7 +75,7 @@ def test_a_request_whose_kv_arrived_wrong_stays(flipped: bool, prefix: int) -> N
         def corrupt(now: float) -> None:
             for migration in target.manager.inbound.values():
                 if migration._commit is not None or (
-                    migration.poller is not None and migration.poller.complete
+                    migration.poller is not None and migration._receiver.complete
                 ):
                     assert migration._req is not None
                     target.memory.write(migration._req, 4, "a flipped byte")

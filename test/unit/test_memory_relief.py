@@ -277,10 +277,11 @@ def test_nothing_runs_out_while_another_worker_has_room(prompts: list[int], dela
 def report_of(load: WorkerLoad, retracted: int = 0) -> WorkerReport:
     return WorkerReport(
         worker_id=load.worker_id,
+        incarnation=0,
         load=load,
         finished=[],
         pools=PoolCounters(
-            kv_free=0, kv_cached=0, request_slots_free=0, metadata_slots_free=0, requests=0,
+            kv_free=0, kv_cached=0, kv_locked=0, request_slots_free=0, metadata_slots_free=0, requests=0,
             idle=False,
         ),
         migrations_in=0,
@@ -295,7 +296,7 @@ def result_of(
 ) -> MigrationResult:
     return MigrationResult(
         migration_id=migration_id, rid="0-0", source=0, target=1, outcome=outcome, reason=reason,
-        tokens=10, kv_bytes=10, duration_s=duration_s,
+        tokens=10, tokens_sent=10, tokens_saved=0, kv_bytes=10, duration_s=duration_s,
     )  # fmt: skip
 
 

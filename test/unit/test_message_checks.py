@@ -30,7 +30,7 @@ from sglang_ares.srt.disaggregation.request_state import (
     pack_ids,
 )
 from sglang_ares.srt.managers import io_struct
-from sglang_ares.srt.managers.cluster_state import ClusterState, MovingRequest, WorkerView
+from sglang_ares.srt.managers.cluster_state import MANUAL, ClusterState, MovingRequest, WorkerView
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,
@@ -469,15 +469,15 @@ def test_what_the_controller_does_not_believe() -> None:
         for i, role in enumerate(["prefill", "decode", "decode"])
     ]
     state = ClusterState(views)
-    state.note_migration_started(1, MovingRequest("r", 1, 2))
+    state.note_migration_started(1, MovingRequest("r", 1, 2, MANUAL))
     result = MigrationResult(
         migration_id=1, rid="r", source=1, target=2, outcome="completed", reason="", tokens=1,
-        kv_bytes=1, duration_s=0.1,
+        tokens_sent=1, tokens_saved=0, kv_bytes=1, duration_s=0.1,
     )  # fmt: skip
     assert state.fault(result) is None
     for changes in ({"migration_id": 2}, {"rid": "s"}, {"source": 2}, {"target": 99}):
         assert state.fault(replace(result, **changes))
-    landed = Landed(migration_id=1, rid="r", worker_id=2, blackout_s=0.1)
+    landed = Landed(migration_id=1, rid="r", worker_id=2, blackout_s=0.1, steps=1)
     assert state.fault(landed) is None
     for changes in ({"migration_id": 2}, {"migration_id": 0}, {"worker_id": 9}):
         assert state.fault(replace(landed, **changes))
@@ -497,12 +497,11 @@ def test_what_the_controller_does_not_believe() -> None:
 # Who unpickles, and why: what these read comes from upstream's own ipc sockets, in the runtime
 # directory that only its owner may enter.
 UNPICKLES = {
-    ("srt/managers/detokenizer_manager.py", "unwrap_from_pickle"),
+    ("srt/managers/batch_items.py", "unwrap_from_pickle"),
+    ("srt/managers/detokenizer_manager.py", "sock_recv"),
     ("srt/managers/controller.py", "sock_recv"),
     # The processes of one host's cluster, over pipes inherited from their parent.
     ("srt/managers/cluster.py", "recv"),
-    # Tensor-parallel ranks of one worker, among themselves.
-    ("srt/managers/scheduler.py", "broadcast_pyobj"),
 }
 SUSPECTS = {
     "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle",

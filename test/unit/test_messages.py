@@ -230,8 +230,8 @@ OUT_OF_BOUNDS: tuple[Message, ...] = (
     Cancel(migration_id=1, source=1, reason="x" * 1001),
     Accept(migration_id=1, worker_id=1, prefix_tokens=-1),
     StartMigration(migration_id=1, rid="x" * 513, target=1),
-    Landed(migration_id=1, rid="r", worker_id=1, blackout_s=math.nan),
-    Landed(migration_id=1, rid="r", worker_id=1, blackout_s=math.inf),
+    Landed(migration_id=1, rid="r", worker_id=1, steps=1, blackout_s=math.nan),
+    Landed(migration_id=1, rid="r", worker_id=1, steps=1, blackout_s=math.inf),
     ConnectPeers(
         peers=[
             Peer(
@@ -255,7 +255,8 @@ OUT_OF_BOUNDS: tuple[Message, ...] = (
         ]
     ),
     MigrationResult(
-        migration_id=1, rid="r", source=0, target=1, outcome="won", reason="", tokens=1,
+        migration_id=1, rid="r", source=0, target=1, outcome="won", reason="", tokens=1, tokens_sent=1,
+        tokens_saved=0,
         kv_bytes=1, duration_s=1.0,
     ),
 )  # fmt: skip

@@ -29,10 +29,10 @@ def operator(**given: Any) -> ServerArgs:
 def test_decode_workers_keep_a_radix_cache_unless_it_is_turned_off(
     role: str, given: dict[str, Any], ares: bool, expected: bool
 ) -> None:
-    args = worker_server_args(operator(**given), role, 1, 20_001, ares)
+    args = worker_server_args(operator(**given), role, 1, (20_001, 20_003), ares)
     assert args.disaggregation_decode_enable_radix_cache is expected
 
 
 def test_a_worker_has_its_role_and_its_bootstrap_port() -> None:
-    args = worker_server_args(operator(), DECODE, 2, 20_002)
+    args = worker_server_args(operator(), DECODE, 2, (20_002, 20_004))
     assert (args.disaggregation_mode, args.disaggregation_bootstrap_port) == ("decode", 20_002)
