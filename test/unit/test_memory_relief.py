@@ -281,8 +281,8 @@ def report_of(load: WorkerLoad, retracted: int = 0) -> WorkerReport:
         load=load,
         finished=[],
         pools=PoolCounters(
-            kv_free=0, kv_cached=0, kv_locked=0, request_slots_free=0, metadata_slots_free=0, requests=0,
-            idle=False,
+            kv_free=0, kv_cached=0, kv_locked=0, request_slots_free=0, metadata_slots_free=0,
+            requests=0, idle=False,
         ),
         migrations_in=0,
         migrations_out=0,

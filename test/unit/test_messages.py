@@ -255,8 +255,8 @@ OUT_OF_BOUNDS: tuple[Message, ...] = (
         ]
     ),
     MigrationResult(
-        migration_id=1, rid="r", source=0, target=1, outcome="won", reason="", tokens=1, tokens_sent=1,
-        tokens_saved=0,
+        migration_id=1, rid="r", source=0, target=1, outcome="won", reason="", tokens=1,
+        tokens_sent=1, tokens_saved=0,
         kv_bytes=1, duration_s=1.0,
     ),
 )  # fmt: skip

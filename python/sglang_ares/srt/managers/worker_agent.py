@@ -299,7 +299,8 @@ class WorkerAgent:
     def _request_load(
         self, scheduler: AresScheduler, req: Any, now: float, *, runs: bool
     ) -> RequestLoad:
-        arrived = self._arrived_at.get(req.rid, now)
+        # `now` may be from before a request that came in during this iteration.
+        age_s = max(0.0, now - self._arrived_at.get(req.rid, now))
         recv_req = self.received.get(req.rid)
         movable = (
             self.role == DECODE
@@ -312,8 +313,8 @@ class WorkerAgent:
             rid=req.rid,
             tokens=req.seqlen,
             output_tokens=len(req.output_ids),
-            age_s=max(0.0, now - arrived),
-            since_move_s=max(0.0, now - arrived),
+            age_s=age_s,
+            since_move_s=age_s,
             movable=movable,
         )
 
