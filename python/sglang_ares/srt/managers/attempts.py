@@ -10,10 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-# Attempts have two digits in the name.
-MOST_ATTEMPTS: Final = 99
-
-_SUFFIX = re.compile(r"(.*)#(\d\d)", re.DOTALL)
+_SUFFIX: Final = re.compile(r"(.*)#(\d{2,})", re.DOTALL)
 
 
 def internal_rid(rid: str, attempt: int) -> str:

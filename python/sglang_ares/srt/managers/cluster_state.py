@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ READY = "ready"
 DYING = "dying"
 RESTARTING = "restarting"
 FAILED_FOR_GOOD = "failed"
+
+# Recovered requests remembered after their end.
+_REMEMBERED = 1 << 16
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Ownership:
     decode: int
     dispatched_at: float
     attempt: int = 0
+    first_attempt: int = 0
     recovering: bool = False
     aborted: bool = False
 
@@ -120,6 +124,8 @@ class ClusterState:
         self.workers = {w.worker_id: w for w in workers}
         self.owners: dict[str, Ownership] = {}
         self.moving: dict[int, MovingRequest] = {}
+        # Rids that ended after a recovery: their last attempt, should the rid be used again.
+        self._last_attempts: OrderedDict[str, int] = OrderedDict()
         # Moving requests that left their target: ended there, if they had landed at all.
         self._left_target: set[str] = set()
         self.migrations_attempted = 0
@@ -169,6 +175,12 @@ class ClusterState:
                 loads[move.target] = msgspec.structs.replace(target, queued_tokens=coming)
         return list(loads.values())
 
+    def new_owner(self, rid: str, request: Any) -> Ownership:
+        """A request that is to be dispatched. Under a rid that was used before, attempts go on
+        counting, so that no leftover of the earlier request is taken for this one's."""
+        attempt = self._last_attempts.pop(rid, -1) + 1
+        return Ownership(rid, request, -1, -1, time.monotonic(), attempt, attempt)
+
     def note_dispatch(self, owner: Ownership, prompt_tokens: int) -> None:
         """An attempt at a request was sent to its two workers."""
         self.owners[owner.rid] = owner
@@ -185,6 +197,10 @@ class ClusterState:
         """A request has ended."""
         owner = self.owners.pop(rid, None)
         if owner is not None:
+            if owner.attempt:
+                self._last_attempts[rid] = owner.attempt
+                if len(self._last_attempts) > _REMEMBERED:
+                    self._last_attempts.popitem(last=False)
             for view in self.workers.values():
                 view.dispatched.pop(owner.name, None)
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
-from sglang_ares.srt.managers.attempts import MOST_ATTEMPTS
 from sglang_ares.srt.managers.cluster_state import READY
 from sglang_ares.srt.managers.io_struct import Discard, FenceRequests, PeerDied
 
@@ -75,7 +74,7 @@ class Recovery:
     def __init__(self, host: RecoveryHost, state: ClusterState, max_attempts: int) -> None:
         self._host = host
         self._state = state
-        self._max_attempts = min(max_attempts, MOST_ATTEMPTS)
+        self._max_attempts = max_attempts
         self._deaths: dict[int, _Death] = {}
         self._fences: dict[int, list[str]] = {}
         # Fenced, but no worker could take them yet.
@@ -171,8 +170,9 @@ class Recovery:
     def _why_end(self, owner: Ownership, emitted: EmittedTokens) -> tuple[int | None, str] | None:
         if owner.aborted:
             return None, "aborted"
-        if owner.attempt > self._max_attempts:
-            return 500, f"the request failed {owner.attempt} times; see the server's log"
+        failures = owner.attempt - owner.first_attempt
+        if failures > self._max_attempts:
+            return 500, f"the request failed {failures} times; see the server's log"
         row = first_refusal(REQUEST, owner.request) if emitted.output_ids else None
         if row is not None:
             return 500, (

@@ -38,7 +38,8 @@ class TokenLedger:
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        # Requests that were fenced, and the only attempt that may speak; others: attempt 0.
+        # Requests that were fenced, and the first attempt that may speak; others: attempt 0.
+        # (A rid that is used again goes on counting, without a fence.)
         self._attempts: OrderedDict[str, int] = OrderedDict()
         self.fenced_off = 0
 
@@ -46,7 +47,7 @@ class TokenLedger:
         """``batch`` under the client's rids, without what void attempts say."""
         named = [split_rid(name) for name in batch.rids or ()]
         valid = [
-            i for i, (rid, attempt) in enumerate(named) if attempt == self._attempts.get(rid, 0)
+            i for i, (rid, attempt) in enumerate(named) if attempt >= self._attempts.get(rid, 0)
         ]
         if len(valid) < len(named):
             self.fenced_off += len(named) - len(valid)
@@ -73,7 +74,7 @@ class TokenLedger:
             entry.reasoning_tokens = batch.reasoning_tokens[i]
 
     def fence(self, request: FenceRequests) -> Fenced:
-        """Let only the named attempts speak from here on; what the others had said."""
+        """Let no earlier attempts speak from here on; what they had said."""
         emitted = []
         for rid, attempt in request.attempts.items():
             self._attempts[rid] = attempt

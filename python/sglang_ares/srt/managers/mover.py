@@ -1,0 +1,106 @@
+"""Commands migrations, for whatever cause: the policy's plans, memory that runs short, a worker to
+be emptied, the operator's wish."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sglang_ares.srt.managers.cluster_state import DRAIN, MEMORY, POLICY, MovingRequest
+from sglang_ares.srt.managers.io_struct import MigrationResult, StartMigration
+from sglang_ares.srt.managers.memory_relief import MemoryRelief
+from sglang_ares.srt.policy.draining import drain_moves
+from sglang_ares.srt.policy.registry import RESCHEDULING
+from sglang_ares.srt.policy.types import DECODE, RescheduleLimits
+
+if TYPE_CHECKING:
+    from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.io_struct import Message, WorkerReport
+
+logger = logging.getLogger(__name__)
+
+
+class Mover:
+    """Plans on the latest loads; ``tell`` sends to a worker."""
+
+    def __init__(
+        self,
+        state: ClusterState,
+        ares_args: AresArgs,
+        reserved_tokens: int,
+        tell: Callable[[int, Message], None],
+        now: float,
+    ) -> None:
+        self._state = state
+        self._args = ares_args
+        self._tell = tell
+        self._policy = RESCHEDULING.get(ares_args.rescheduling)
+        self._limits = RescheduleLimits(
+            max_moves=ares_args.max_moves,
+            threshold=ares_args.reschedule_threshold,
+            min_gap_tokens=ares_args.min_gap_tokens,
+            cooldown_s=ares_args.move_cooldown,
+        )
+        self._relief = MemoryRelief(
+            report_interval_s=ares_args.report_interval,
+            floor=ares_args.memory_floor,
+            reserved_tokens=reserved_tokens,
+        )
+        self.next_round = now + ares_args.reschedule_interval
+        self._next_migration_id = 1
+
+    def start(self, rid: str, source: int, target: int, cause: str) -> int:
+        """Command a migration; its id."""
+        migration_id = self._next_migration_id
+        self._next_migration_id += 1
+        self._state.note_migration_started(migration_id, MovingRequest(rid, source, target, cause))
+        self._tell(source, StartMigration(migration_id=migration_id, rid=rid, target=target))
+        return migration_id
+
+    def run_round_when_due(self, now: float) -> None:
+        """Let the policy plan, once per interval."""
+        if now >= self.next_round:
+            self.next_round = now + self._args.reschedule_interval
+            self.run_round()
+
+    def run_round(self) -> None:
+        """Plan and command. A policy that fails, or plans for workers that are not there, costs
+        its round, not the cluster."""
+        try:
+            moves = self._policy(self._state.loads(DECODE), self._limits)
+        except Exception:
+            logger.exception("rescheduling policy %s failed", self._args.rescheduling)
+            return
+        serving = {w.worker_id for w in self._state.with_role(DECODE)}
+        for move in moves:
+            if {move.source, move.target} <= serving:
+                self.start(move.rid, move.source, move.target, POLICY)
+            else:
+                logger.error("the policy planned an impossible move: %s", move)
+
+    def on_report(self, report: WorkerReport) -> None:
+        """A worker's new load: is its memory short, is there still something to drain?"""
+        self.empty_draining_workers()
+        if self._args.memory_relief:
+            for move in self._relief.plan(report, self._state):
+                self.start(move.rid, move.source, move.target, MEMORY)
+
+    def on_result(self, result: MigrationResult) -> None:
+        """A migration has ended."""
+        self._relief.note_result(result)
+
+    def empty_draining_workers(self) -> None:
+        """Move what is left on draining decode workers to the others."""
+        for view in self._state.ready(DECODE):
+            if not view.draining:
+                continue
+            moving = frozenset(m.rid for m in self._state.moving.values())
+            underway = sum(m.source == view.worker_id for m in self._state.moving.values())
+            most = max(0, self._args.max_migrations_per_worker - underway)
+            limits = msgspec.structs.replace(self._limits, max_moves=most)
+            for move in drain_moves(view.load(moving), self._state.loads(DECODE), limits):
+                self.start(move.rid, move.source, move.target, DRAIN)
