@@ -102,7 +102,7 @@ def test_a_failed_transfer_is_attempted_again() -> None:
     world = world_with(tokens=0)
     world.fail(D1, "r#00")
     hear_all(world)
-    assert list(world.inbox[P0]) == [] and len(world.fences) == 1
+    assert len(world.fences) == 1
     world.answer_fence()
     assert world.state.owners["r"].name == "r#01"
     world.run_out()
@@ -192,6 +192,19 @@ def test_the_target_dies_in_the_hand_over(committed: bool) -> None:
     assert world.dispatched["r"] == 2
     world.run_out()
     assert world.ledger.streams["r"] == list(range(5 if committed else 4))
+
+
+def test_a_moved_request_no_longer_counts_where_it_was_dispatched_to() -> None:
+    """It left before its first report there, and its new home dies: nobody but recovery could
+    still take it off the first worker's books."""
+    world = world_with()
+    world.start_move("r", D2)
+    world.commit(D1, "r#00")
+    world.to_controller(D2)
+    kill(world, D2)
+    hear_all(world)
+    assert len(world.fences) == 1
+    assert not any(w.dispatched for w in world.state.workers.values())
 
 
 # --- nowhere to go --------------------------------------------------------------------------
@@ -347,7 +360,7 @@ def perform(world: RecoveryWorld, kind: str, operand: int) -> None:
             world.abort(rids[operand % len(rids)])
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     sizes=st.sampled_from([(1, 2), (1, 3), (2, 3)]),
     prelude=st.integers(1, 4),
@@ -364,7 +377,7 @@ def test_any_history(sizes: tuple[int, int], prelude: int, schedule: bytes) -> N
     world.run_out()
     assert all(w.state == READY for w in world.state.workers.values())
     assert not world.state.owners and not any(world.running.values())
-    assert not any(w.dispatched for w in world.state.workers.values() if w.role == "decode")
+    assert not any(w.dispatched for w in world.state.workers.values())
     for rid in {*world.dispatched, *world.told_ends}:
         ends = (rid in world.ledger.ended) + (rid in world.told_ends)
         assert ends == 1, f"{rid} ended {ends} times"
