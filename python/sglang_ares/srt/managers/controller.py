@@ -508,7 +508,7 @@ class AresController(DataParallelController):
             refusal = (404, f"there is no worker {query.target}")
         elif target.state != READY:
             refusal = (409, f"worker {query.target} is {target.state}: {target.reason}")
-        elif owner.recovering:
+        elif owner.recovering or self.state.workers[owner.decode].state != READY:
             refusal = (409, "the request is being recovered from a dead worker")
         elif target.role != DECODE:
             refusal = (409, f"worker {query.target} is a {target.role} worker")
