@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,14 +60,14 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Agent:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     told = Told()
 
     def stream_output(self: Any, reqs: Any, return_logprob: bool, skip_req: Any = None) -> None:
         told.calls.append(([r.rid for r in reqs], return_logprob, skip_req))
 
     monkeypatch.setattr(SchedulerOutputStreamer, "stream_output", stream_output)
-    yield told
+    return told
 
 
 def new_req(rid: str = "r#00", output: int = 2, sent: int = 0, reason: Any = None) -> Req:
@@ -155,9 +154,7 @@ def test_a_failed_transfer_is_told_to_the_controller_only(
 ) -> None:
     stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
     assert not told.calls
-    assert agent.reports == [
-        RequestFailed(rid="r#00", worker_id=3, reason=FAILED.splitlines()[0])
-    ]
+    assert agent.reports == [RequestFailed(rid="r#00", worker_id=3, reason=FAILED.splitlines()[0])]
     assert agent.is_void("r#00")
 
 

@@ -200,7 +200,7 @@ def test_heartbeats_of_an_earlier_incarnation_or_a_stranger_do_not_count() -> No
     world = World()
     world.silent = {(0, 0)}
     world.view().incarnation = 1
-    for i in range(30):
+    for _ in range(30):
         world.supervisor.on_heartbeat(0, 0, 0, world.cluster.now)
         world.supervisor.on_heartbeat(77, 0, 0, world.cluster.now)
         world.run(0.25)
