@@ -451,8 +451,8 @@ def test_status_document(state: ClusterState) -> None:
         "in_flight": 1,
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
-    required = {"id", "role", "state", "restarts", "pids", "running", "queued", "queued_tokens", "kv_tokens",
-                "kv_capacity"}  # fmt: skip
+    required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",
+                "kv_capacity", "restarts"}  # fmt: skip
     for worker in document["workers"]:
         assert required <= set(worker)
     reported = document["workers"][1]
