@@ -56,12 +56,13 @@ def request(**fields: Any) -> Any:
 @dataclass
 class Attempt:
     """An attempt on its decode worker. ``waits_for``: the prefill worker that has its KV to send;
-    ``handed_to``: stopped, and on its way to that worker."""
+    ``handed_to``: stopped, and on its way to that worker, which may have taken it (``taken``)."""
 
     name: str
     next_token: int
     waits_for: int | None
     handed_to: int | None = None
+    taken: bool = False
 
 
 @dataclass
@@ -222,7 +223,8 @@ class RecoveryWorld:
         target = attempt.handed_to
         assert target is not None
         (move,) = [i for i, m in self.state.moving.items() if m.rid == name]
-        if self.state.workers[target].state == READY and name not in self.running[target]:
+        if self.state.workers[target].state == READY and not attempt.taken:
+            attempt.taken = True
             self.running[target][name] = Attempt(name, attempt.next_token, None)
             self.outbox[target].append(Adopted(migration_id=move, rid=name, worker_id=target))
             self.committed.append((source, target, name))

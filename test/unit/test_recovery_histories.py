@@ -86,6 +86,10 @@ def test_any_history(sizes: tuple[int, int], prelude: int, schedule: bytes) -> N
         world.submit(f"r{i}", salt=i + 1)
     for kind, operand in zip(schedule[::2], schedule[1::2]):
         perform(world, KINDS[kind % len(KINDS)], operand)
+    world.settle()
+    for worker_id, attempts in world.running.items():
+        for name in attempts:
+            assert world.state.owner_of(name), f"{name} runs on {worker_id} and nobody hears it"
     world.run_out()
     assert all(w.state == READY for w in world.state.workers.values())
     assert not world.state.owners and not any(world.running.values())
