@@ -87,6 +87,36 @@ def test_connecting_again_replaces_the_peer(boxes: list[Mailbox]) -> None:
     assert receive(old, 1, timeout_s=0.1) == []
 
 
+def test_connecting_to_the_same_endpoint_changes_nothing(
+    boxes: list[Mailbox], tmp_path: Path
+) -> None:
+    """All workers are introduced again when one comes back: what waits for a peer that is slow to
+    listen must not be lost by that."""
+    sender = boxes[0]
+    endpoint = f"ipc://{tmp_path}/slow"
+    sender.connect("slow", endpoint)
+    socket = sender._peers["slow"]
+    for i in range(100):
+        sender.send("slow", b"%d" % i)
+        sender.connect("slow", endpoint)
+    assert sender._peers["slow"] is socket
+    context = zmq.Context(1)
+    slow = Mailbox(context, endpoint)
+    frames = receive(slow, 100)
+    slow.close()
+    context.destroy(linger=0)
+    assert frames == [b"%d" % i for i in range(100)]
+
+
+def test_a_forgotten_peer_may_be_connected_again(boxes: list[Mailbox]) -> None:
+    sender, peer = boxes[:2]
+    sender.connect("peer", peer.endpoint)
+    sender.disconnect("peer")
+    sender.connect("peer", peer.endpoint)
+    sender.send("peer", b"x")
+    assert receive(peer, 1) == [b"x"]
+
+
 def test_an_unknown_peer_is_an_error(boxes: list[Mailbox]) -> None:
     assert not boxes[0].knows("nobody")
     with pytest.raises(KeyError, match="nobody"):

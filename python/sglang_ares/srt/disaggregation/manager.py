@@ -126,8 +126,9 @@ class MigrationManager:
         return [m.req for m in self.outbound.values() if m.holds_request]
 
     def connect(self, peers: list[Peer]) -> None:
-        """The cluster's workers."""
-        self._peers = {p.worker_id: p for p in peers}
+        """The cluster's ready workers. One that is missing may hang or be dying: it stays known
+        until :meth:`forget_peer`, because its address is needed then."""
+        self._peers.update((p.worker_id, p) for p in peers)
 
     def forget_peer(self, worker_id: int) -> Peer | None:
         """A worker that died; what it still has under way to here is dropped."""

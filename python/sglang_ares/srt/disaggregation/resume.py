@@ -58,10 +58,14 @@ class ResumedRequests:
         message = self._told.pop(req.bootstrap_room, None)
         if message is None:
             return False
-        if not req.finished() and req.to_finish is None:
-            rewind(req, message.output_ids)
-            self._waiting.append(_Waiting(req, message))
-        self._scheduler.disagg_decode_prealloc_queue.add(req, is_rebootstrap=True)
+        queue = self._scheduler.disagg_decode_prealloc_queue
+        if req.finished() or req.to_finish is not None:
+            # Ended while it was built. To upstream it is new: it is answered, not queued.
+            queue.add(req)
+            return True
+        rewind(req, message.output_ids)
+        self._waiting.append(_Waiting(req, message))
+        queue.add(req, is_rebootstrap=True)
         return True
 
     def note_entering(self, reqs: Sequence[Req]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_policy import match_prefix_for_req
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.scheduler import AresScheduler
 
 
+class _FromWorker(Protocol):
+    """What names the KV bootstrap server of a worker."""
+
+    @property
+    def bootstrap_host(self) -> Any: ...
+
+    @property
+    def bootstrap_port(self) -> Any: ...
+
+
 class SchedulerMigrationHost:
     """Implements ``MigrationHost`` on an :class:`AresScheduler` in decode mode."""
 
@@ -46,6 +56,8 @@ class SchedulerMigrationHost:
         self.worker_id: int = scheduler.ares.worker_id
         self.speaks: bool = scheduler.ares.speaks
         self.kv_capacity = int(scheduler.max_total_num_tokens)
+        # KV addresses of workers that died.
+        self._dead: set[str] = set()
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -132,18 +144,36 @@ class SchedulerMigrationHost:
             )
         )
 
+    def note_alive(self, peers: list[Peer]) -> None:
+        """These serve; one may have the address that a dead one had."""
+        self._dead -= {_kv_source(peer) for peer in peers}
+
+    def comes_from_the_dead(self, req: _FromWorker) -> bool:
+        """Whether the KV of this request was to come from a worker that died."""
+        return _kv_source(req) in self._dead
+
     def stop_waiting_for(self, peer: Peer) -> None:
         """``peer`` is dead: requests that wait for KV from it fail now instead of never."""
         address = f"{peer.bootstrap_host}:{peer.bootstrap_port}"
+        self._dead.add(address)
         scheduler = self._scheduler
         waiting = [
             *scheduler.disagg_decode_prealloc_queue.queue,
             *scheduler.disagg_decode_transfer_queue.queue,
         ]
         for decode_req in waiting:
-            req = decode_req.req
-            if f"{req.bootstrap_host}:{req.bootstrap_port}" == address:
+            if _kv_source(decode_req.req) == address:
                 decode_req.kv_receiver.abort()
+
+    def release_what_the_dead_held(self) -> None:
+        """Upstream keeps the memory of a failed transfer until its sender says that nothing is
+        under way; a dead one never will, and writes nothing either."""
+        queue = self._scheduler.disagg_decode_transfer_queue
+        if self._dead and queue.has_pending_deferred_releases():
+            queue._deferred_releases = [
+                (entry, 0.0 if self.comes_from_the_dead(entry.req) else deadline, slot, acks)
+                for entry, deadline, slot, acks in queue._deferred_releases
+            ]
 
     def lost(self, req: Req, reason: str) -> None:
         """The request may have been owned by a worker that died: ask for a new attempt."""
@@ -269,3 +299,7 @@ class SchedulerMigrationHost:
     def wall_clock(self) -> float:
         """Seconds since the epoch."""
         return time.time()
+
+
+def _kv_source(req: _FromWorker) -> str:
+    return f"{req.bootstrap_host}:{req.bootstrap_port}"

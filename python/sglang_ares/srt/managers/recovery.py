@@ -140,8 +140,10 @@ class Recovery:
         void: dict[int, list[str]] = {}
         for owner in owners:
             logger.warning("recovering rid=%s attempt=%d: %s", owner.rid, owner.attempt, reason)
+            # A request that moved may still count where it was dispatched to.
+            for view in self._state.workers.values():
+                view.dispatched.pop(owner.name, None)
             for worker_id in {owner.prefill, owner.decode}:
-                self._state.workers[worker_id].dispatched.pop(owner.name, None)
                 void.setdefault(worker_id, []).append(owner.name)
             owner.attempt += 1
             owner.recovering = True

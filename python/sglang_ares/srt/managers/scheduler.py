@@ -179,6 +179,8 @@ class AresScheduler(Scheduler):
         fault = resume_fault(message, self._host.facts)
         if fault is not None:
             self.ares.dropped.count(f"Resume of {message.spec.rid}: {fault}")
+        elif self._host.comes_from_the_dead(message):
+            self.ares.request_failed(message.spec.rid, "its prefill worker died")
         elif not self.ares.is_void(message.spec.rid):
             self.resumed.start(message)
 
@@ -203,6 +205,7 @@ class AresScheduler(Scheduler):
         if self.migrations is None:
             return
         self.migrations.connect(message.peers)
+        self._host.note_alive(message.peers)
         for peer in message.peers:
             if peer.worker_id != self.ares.worker_id and not self._host.link.connect(
                 peer.bootstrap_host, peer.bootstrap_port
@@ -213,6 +216,7 @@ class AresScheduler(Scheduler):
         """Advance the migrations between two steps, then upstream's own transfers."""
         assert self.migrations is not None
         self.migrations.tick(self._intake.now)
+        self._host.release_what_the_dead_held()
         super().process_decode_queue()
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -240,8 +244,11 @@ class AresScheduler(Scheduler):
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
         """Not while a migration holds memory."""
-        if self.migrations is not None and self.migrations.active:
-            return False
+        if self.migrations is not None:
+            if self.migrations.active:
+                return False
+            if self.disagg_decode_transfer_queue.has_pending_deferred_releases():
+                return False
         idle: bool = super().is_fully_idle(for_health_check, ignore_waiting)
         return idle
 
@@ -250,6 +257,9 @@ class AresScheduler(Scheduler):
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput, **kwargs: Any) -> None:
         """Remember what the front sent, to send it along should the request move."""
         if self.ares.is_void(recv_req.rid):
+            return
+        if self.migrations is not None and self._host.comes_from_the_dead(recv_req):
+            self.ares.request_failed(recv_req.rid, "its prefill worker died")
             return
         self._was_busy = True
         self.ares.note_received(recv_req)

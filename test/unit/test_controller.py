@@ -1,0 +1,219 @@
+"""The controller's answers and routes, without processes: what goes to whom."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from sglang.srt.managers.io_struct import AbortReq
+
+from sglang_ares.srt.managers import controller as controller_module
+from sglang_ares.srt.managers.cluster_state import (
+    DYING,
+    FAILED_FOR_GOOD,
+    READY,
+    RESTARTING,
+    ClusterState,
+    MovingRequest,
+    Ownership,
+    WorkerView,
+)
+from sglang_ares.srt.managers.controller import AresController
+from sglang_ares.srt.managers.io_struct import (
+    Decoder,
+    MigrateQuery,
+    QueryReply,
+    StartMigration,
+    WorkerInbound,
+)
+from sglang_ares.srt.policy.types import DECODE, PREFILL
+
+P0, D1, D2 = 0, 1, 2
+
+
+class Box:
+    """The controller's mailbox: as the real one, an unknown peer is an error."""
+
+    def __init__(self) -> None:
+        self.peers = {"0", "1", "2"}
+        self.sent: list[tuple[int, Any]] = []
+
+    def send(self, peer: str, frame: bytes) -> None:
+        if peer not in self.peers:
+            raise KeyError(peer)
+        self.sent.append((int(peer), Decoder(WorkerInbound).decode(frame)))
+
+
+class Controller(AresController):
+    """The real one, around tables only."""
+
+    def __init__(self) -> None:
+        self.state = ClusterState(
+            [
+                WorkerView(P0, PREFILL, pids=[], kv_capacity=1000),
+                WorkerView(D1, DECODE, pids=[], kv_capacity=1000),
+                WorkerView(D2, DECODE, pids=[], kv_capacity=1000),
+            ]
+        )
+        box, front, recovery = Box(), SimpleNamespace(), SimpleNamespace()
+        self.box = self._mailbox = box  # type: ignore[assignment]
+        self.replies: list[tuple[int, Any]] = []
+        front.send_multipart = self._keep_reply
+        self._front = front  # type: ignore[assignment]
+        self.ended: list[str] = []
+        recovery.on_abort = lambda owner: self.ended.append(owner.rid)
+        self.recovery = recovery  # type: ignore[assignment]
+        self.workers = ["to 0", "to 1", "to 2"]  # type: ignore[list-item]
+        self.to_all: list[Any] = []
+        self._next_migration_id = 1
+        self._waiting = {}
+
+    def _keep_reply(self, parts: list[bytes]) -> None:
+        reply = Decoder(QueryReply).decode(parts[1])
+        self.replies.append((reply.status, msgspec.json.decode(reply.body)))
+
+    def send_control_message(self, obj: Any) -> None:
+        self.to_all.append(obj)
+
+    def own(self, rid: str, decode: int = D1) -> Ownership:
+        owner = Ownership(rid, None, P0, decode, dispatched_at=0.0)
+        self.state.note_dispatch(owner, 10)
+        return owner
+
+    def lose(self, worker_id: int, state: str = DYING) -> None:
+        self.state.workers[worker_id].state = state
+        self.box.peers.discard(str(worker_id))
+
+    def migrate(self, rid: str, target: int) -> tuple[int, str] | None:
+        """The refusal, if it is one."""
+        self._on_migrate_query(b"front", MigrateQuery(query_id=1, rid=rid, target=target))
+        return (self.replies[-1][0], self.replies[-1][1]["reason"]) if self.replies else None
+
+
+@pytest.fixture
+def controller() -> Controller:
+    return Controller()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    sent: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(
+        controller_module, "sock_send", lambda socket, obj: sent.append((socket, obj))
+    )
+    return sent
+
+
+# --- moves on command -----------------------------------------------------------------------
+
+
+def test_a_move_is_commanded_by_the_attempts_name(controller: Controller) -> None:
+    controller.own("r").attempt = 2
+    assert controller.migrate("r", D2) is None
+    assert controller.box.sent == [(D1, StartMigration(migration_id=1, rid="r#02", target=D2))]
+
+
+@pytest.mark.parametrize("state", [DYING, RESTARTING, FAILED_FOR_GOOD])
+def test_a_request_of_a_dead_worker_is_not_moved(controller: Controller, state: str) -> None:
+    """Its recovery has not begun: the others have not let go of the worker yet. There is nobody
+    to command."""
+    controller.own("r", D1)
+    controller.lose(D1, state)
+    assert controller.migrate("r", D2) == (
+        409, "the request is being recovered from a dead worker"
+    )  # fmt: skip
+    assert not controller.state.moving and not controller.box.sent
+
+
+def test_other_refusals(controller: Controller) -> None:
+    controller.own("r")
+    assert controller.migrate("nobody", D2) == (404, "no live request has the rid 'nobody'")
+    assert controller.migrate("r", 9) == (404, "there is no worker 9")
+    assert controller.migrate("r", P0) == (409, "worker 0 is a prefill worker")
+    assert controller.migrate("r", D1) == (409, "the request is on worker 1 already")
+    controller.state.note_migration_started(5, MovingRequest("r#00", D1, D2))
+    assert controller.migrate("r", D2) == (409, "the request is being moved already")
+    controller.state.owners["r"].recovering = True
+    assert "being recovered" in controller.migrate("r", D2)[1]  # type: ignore[index]
+    controller.lose(D2)
+    controller.state.workers[D2].reason = "died (exit code -9)"
+    assert controller.migrate("r", D2) == (409, "worker 2 is dying: died (exit code -9)")
+
+
+# --- aborts ---------------------------------------------------------------------------------
+
+
+def test_an_abort_goes_to_the_two_workers_of_the_request(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    owner = controller.own("r", D2)
+    owner.attempt = 1
+    controller.route_abort(AbortReq(rid="r"))
+    assert sorted(socket for socket, _ in sent) == ["to 0", "to 2"]
+    assert {abort.rid for _, abort in sent} == {"r#01"} and owner.aborted
+    assert not controller.to_all
+
+
+def test_an_abort_is_not_sent_to_the_dead(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    """Recovery confirms it, once the worker is buried."""
+    owner = controller.own("r", D2)
+    controller.lose(D2)
+    controller.route_abort(AbortReq(rid="r"))
+    assert [socket for socket, _ in sent] == ["to 0"] and owner.aborted
+
+
+def test_the_abort_of_a_request_that_is_nowhere_is_recoverys(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    controller.own("r").recovering = True
+    controller.own("other")
+    controller.route_abort(AbortReq(rid="r"))
+    assert controller.ended == ["r"] and not sent and not controller.to_all
+
+
+def test_the_abort_of_a_moving_request_goes_to_all(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    controller.own("r")
+    controller.state.note_migration_started(5, MovingRequest("r#00", D1, D2))
+    controller.route_abort(AbortReq(rid="r"))
+    assert [a.rid for a in controller.to_all] == ["r#00"] and not sent
+
+
+def test_abort_all_reaches_workers_and_requests_that_are_nowhere(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    controller.own("a")
+    controller.own("b").recovering = True
+    controller.route_abort(AbortReq(abort_all=True))
+    assert [a.abort_all for a in controller.to_all] == [True] and not sent
+    assert controller.ended == ["b"]
+    assert all(o.aborted for o in controller.state.owners.values())
+
+
+def test_an_abort_of_a_stranger_is_upstreams(
+    controller: Controller, sent: list[tuple[Any, Any]]
+) -> None:
+    controller.own("r")
+    controller.route_abort(AbortReq(rid="HEALTH_CHECK_1"))
+    assert len(controller.to_all) == 1 and not sent and not controller.state.owners["r"].aborted
+
+
+# --- what can be served ---------------------------------------------------------------------
+
+
+def test_a_role_is_missing_when_all_of_it_is_given_up(controller: Controller) -> None:
+    for state in (READY, DYING, RESTARTING):
+        controller.state.workers[D1].state = FAILED_FOR_GOOD
+        controller.state.workers[D2].state = state
+        assert controller.missing_role() is None
+    for worker_id in (D1, D2):
+        controller.state.workers[worker_id].state = FAILED_FOR_GOOD
+        controller.state.workers[worker_id].reason = "died (exit code -9)"
+    assert controller.missing_role() == (
+        "no decode worker is left: worker 1 died (exit code -9); worker 2 died (exit code -9)"
+    )

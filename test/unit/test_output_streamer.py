@@ -1,0 +1,254 @@
+"""What a worker says to the client, and what it tells the controller instead."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_ares.srt.managers.io_struct import Message, RequestFailed
+from sglang_ares.srt.managers.output_streamer import (
+    KV_FAILURES,
+    AresOutputStreamer,
+    DecodeOutputStreamer,
+    PrefillOutputStreamer,
+    TokenizerEcho,
+    has_news,
+    kv_failure,
+)
+from sglang_ares.srt.managers.worker_agent import WorkerAgent
+
+FAILED = "Decode transfer failed for request rank=0 rid='r#00'\nwith exception …"
+
+
+class Agent(WorkerAgent):
+    """The real one, without sockets; what it reports is kept."""
+
+    def __init__(self) -> None:
+        spec: Any = SimpleNamespace(
+            worker_id=3, role="decode", incarnation=0, report_interval_s=1.0
+        )
+        super().__init__(spec, speaks=False)
+        self.reports: list[Message] = []
+
+    def report(self, message: Message) -> None:
+        self.reports.append(message)
+
+
+class Told:
+    """What went to the detokenizer, and on which terms."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], bool, Any]] = []
+
+    @property
+    def rids(self) -> list[str]:
+        return [rid for rids, _, _ in self.calls for rid in rids]
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Agent:
+    agent = Agent()
+    monkeypatch.setattr(AresOutputStreamer, "agent", agent, raising=False)
+    return agent
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+
+    def stream_output(self: Any, reqs: Any, return_logprob: bool, skip_req: Any = None) -> None:
+        told.calls.append(([r.rid for r in reqs], return_logprob, skip_req))
+
+    monkeypatch.setattr(SchedulerOutputStreamer, "stream_output", stream_output)
+    return told
+
+
+def new_req(rid: str = "r#00", output: int = 2, sent: int = 0, reason: Any = None) -> Req:
+    req = Req(rid, "", array("q", [1, 2]), SamplingParams(max_new_tokens=9))
+    req.output_ids = array("q", range(output))
+    req.send_token_offset = sent
+    req.finished_reason = reason
+    return req
+
+
+def stream(cls: type, *reqs: Req, skip: Any = None) -> None:
+    streamer: Any = object.__new__(cls)
+    streamer.stream_output(list(reqs), True, skip)
+
+
+BOTH = pytest.mark.parametrize("cls", [PrefillOutputStreamer, DecodeOutputStreamer])
+
+
+# --- what is a failed transfer --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beginning", KV_FAILURES)
+def test_a_failed_transfer_is_known_by_its_beginning(beginning: str) -> None:
+    req = new_req(reason=FINISH_ABORT(f"{beginning} for request\nTraceback …", 500))
+    assert kv_failure(req) == f"{beginning} for request", "one line, for the log"
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        None,
+        FINISH_LENGTH(3),
+        FINISH_ABORT(),
+        FINISH_ABORT("the input is too long"),
+        FINISH_ABORT("Oh: Decode transfer failed"),
+    ],
+    ids=repr,
+)
+def test_anything_else_is_the_requests_own_affair(reason: Any) -> None:
+    assert kv_failure(new_req(reason=reason)) is None
+
+
+# --- the decode worker ----------------------------------------------------------------------
+
+
+def test_news_are_streamed_and_silence_is_not(agent: Agent, told: Told) -> None:
+    news, landed = new_req("news#00", 3, 2), new_req("landed#00", 3, 3)
+    assert has_news(news) and not has_news(landed)
+    skip = object()
+    stream(DecodeOutputStreamer, news, landed, skip=skip)
+    assert told.calls == [(["news#00"], True, skip)]
+
+
+def test_an_end_without_a_token_is_streamed(agent: Agent, told: Told) -> None:
+    stream(DecodeOutputStreamer, new_req(output=3, sent=3, reason=FINISH_LENGTH(3)))
+    assert told.rids == ["r#00"]
+
+
+def test_nothing_to_say_is_no_message(agent: Agent, told: Told) -> None:
+    stream(DecodeOutputStreamer)
+    stream(DecodeOutputStreamer, new_req(output=3, sent=3))
+    assert not told.calls
+
+
+# --- the prefill worker ---------------------------------------------------------------------
+
+
+def test_a_prefill_worker_streams_errors_only(agent: Agent, told: Told) -> None:
+    stream(
+        PrefillOutputStreamer,
+        new_req("first-token#00", 1),
+        new_req("only-one#00", 1, reason=FINISH_LENGTH(1)),
+        new_req("too-long#00", 0, reason=FINISH_ABORT("the input is too long", 400)),
+    )
+    assert told.rids == ["too-long#00"] and not agent.reports
+
+
+# --- both -----------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_failed_transfer_is_told_to_the_controller_only(
+    cls: type, agent: Agent, told: Told
+) -> None:
+    stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+    assert not told.calls
+    assert agent.reports == [RequestFailed(rid="r#00", worker_id=3, reason=FAILED.splitlines()[0])]
+    assert agent.is_void("r#00")
+
+
+@BOTH
+def test_it_is_told_once(cls: type, agent: Agent, told: Told) -> None:
+    for _ in range(3):
+        stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+    assert len(agent.reports) == 1 and not told.calls
+
+
+@BOTH
+def test_a_void_attempt_says_nothing_to_anybody(cls: type, agent: Agent, told: Told) -> None:
+    agent.note_void("r#00")
+    stream(
+        cls,
+        new_req(),
+        new_req(reason=FINISH_LENGTH(2)),
+        new_req(reason=FINISH_ABORT("Aborted")),
+        new_req(reason=FINISH_ABORT(FAILED, 500)),
+    )
+    assert not told.calls and not agent.reports
+
+
+@BOTH
+def test_the_next_attempt_is_heard(cls: type, agent: Agent, told: Told) -> None:
+    agent.note_void("r#00")
+    stream(cls, new_req("r#01", reason=FINISH_ABORT("the input is too long")))
+    assert told.rids == ["r#01"]
+
+
+@BOTH
+def test_a_client_that_has_left_gets_the_end_not_another_attempt(
+    cls: type, agent: Agent, told: Told
+) -> None:
+    """Its abort is why the transfer failed; the front waits for the confirmation."""
+    agent.note_aborted("r#00")
+    stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+    assert told.rids == ["r#00"] and not agent.reports
+
+
+@BOTH
+def test_neighbours_of_a_failed_request_are_heard(cls: type, agent: Agent, told: Told) -> None:
+    error = FINISH_ABORT("the input is too long")
+    stream(
+        cls,
+        new_req("a#00", reason=error),
+        new_req("bad#00", reason=FINISH_ABORT(FAILED, 500)),
+        new_req("b#02", reason=error),
+    )
+    assert told.rids == ["a#00", "b#02"] and len(agent.reports) == 1
+
+
+# --- confirmations of aborts ----------------------------------------------------------------
+
+
+class Sender:
+    def __init__(self) -> None:
+        self.sent: list[tuple[Any, Any]] = []
+
+    def send_output(self, output: Any, recv_obj: Any = None) -> None:
+        self.sent.append((output, recv_obj))
+
+
+@pytest.fixture
+def sender() -> Sender:
+    return Sender()
+
+
+@pytest.fixture
+def echo(agent: Agent, sender: Sender) -> TokenizerEcho:
+    line: Any = sender
+    return TokenizerEcho(line, agent)
+
+
+def test_an_abort_is_confirmed_under_the_clients_rid(echo: TokenizerEcho, sender: Sender) -> None:
+    req = object()
+    echo.send_output(AbortReq(rid="r#07"), req)
+    ((sent, recv_obj),) = sender.sent
+    assert sent.rid == "r" and recv_obj is req
+
+
+def test_the_abort_of_a_void_attempt_is_not(
+    echo: TokenizerEcho, sender: Sender, agent: Agent
+) -> None:
+    """``Discard`` aborts it; its successor runs, and the client must not take this for the end."""
+    agent.note_void("r#00")
+    echo.send_output(AbortReq(rid="r#00"))
+    assert not sender.sent
+    echo.send_output(AbortReq(rid="r#01"))
+    assert [o.rid for o, _ in sender.sent] == ["r"]
+
+
+@pytest.mark.parametrize("output", [AbortReq(abort_all=True), SimpleNamespace(rid="r#00")])
+def test_everything_else_passes_as_it_is(echo: TokenizerEcho, sender: Sender, output: Any) -> None:
+    before = output.rid
+    echo.send_output(output)
+    assert sender.sent == [(output, None)] and output.rid == before
