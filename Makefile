@@ -89,6 +89,10 @@ format: $(READY) ## let ruff fix and format the sources
 bench-upstream: $(READY) ## compare with upstream's own prefill/decode disaggregation behind its router
 	@$(PY) benchmark/bench_vs_upstream_pd.py $(ARGS)
 
+.PHONY: bench-migration
+bench-migration: $(READY) ## what moving a request costs: its pause, the others' steps, KV sent (about half an hour)
+	@$(PY) benchmark/bench_migration.py $(ARGS)
+
 .PHONY: train-demo-model
 train-demo-model: $(READY) ## train the embedded default model anew (about 20 minutes on two cores)
 	@$(PY) -m sglang_ares.demo_model.train $(ARGS)

@@ -48,8 +48,40 @@ class AresArgs:
     min_gap_tokens: int = _flag(
         128, "No move while the resident tokens of two workers differ by less than this."
     )
+    memory_relief: bool = _flag(
+        True,
+        "Move requests away from a decode worker whose KV runs short, before requests are "
+        "retracted; whatever --ares-rescheduling says.",
+    )
+    memory_floor: float = _flag(
+        0.05, "Share of a decode worker's KV that memory relief keeps free at least."
+    )
     max_migrations_per_worker: int = _flag(
-        8, "Most migrations that run at once into one worker; more are refused."
+        8, "Most migrations that run at once into one worker, and out of one; more are refused."
+    )
+    migration_bandwidth: float = _flag(
+        0.0,
+        "Most 10^6 bytes of KV per second that one worker sends for migrations; 0: no limit.",
+        metavar="MB/S",
+    )
+    migration_chunk_tokens: int = _flag(
+        2048, "Most tokens whose KV a migration sends in one piece while the request decodes."
+    )
+    migration_memory_share: float = _flag(
+        0.5,
+        "Largest share of a worker's KV memory that migrations into it may hold reserved; "
+        "more are refused.",
+    )
+    migration_copy: str = _flag(
+        "live",
+        "Copy KV while the request decodes, or only once it has stopped (for measurements).",
+        choices=("live", "stopped"),
+    )
+    decode_radix_cache: str = _flag(
+        "on",
+        "Whether decode workers keep the KV of ended and moved requests for later ones "
+        "(--disable-radix-cache turns it off too).",
+        choices=("on", "off"),
     )
     migration_timeout: float = _flag(
         10.0,
@@ -64,7 +96,9 @@ class AresArgs:
         metavar="S",
     )
     max_restarts: int = _flag(
-        5, "How often a worker that died is started anew; after that it is left out."
+        5,
+        "How often a worker that died is started anew before it is left out; ten minutes of "
+        "service wipe the slate clean.",
     )
     max_attempts: int = _flag(
         5, "How often a request is recovered from failing workers before it is given up."
@@ -74,6 +108,29 @@ class AresArgs:
     )
     worker_start_timeout: float = _flag(
         600.0, "Seconds a worker may take to load its model.", metavar="S"
+    )
+    kv_checksum: bool = _flag(
+        False,
+        "Compare a checksum of the KV at both ends of every move, and with CUDA of every transfer "
+        "from prefill to decode; a request whose KV arrived wrong stays where it is. Costs time.",
+    )
+    control_host: str = _flag(
+        "127.0.0.1",
+        "Address the control sockets listen on. On loopback they are ipc sockets; any other "
+        "address, or 0.0.0.0, makes them tcp sockets, which need --ares-curve-keys.",
+        metavar="HOST",
+    )
+    control_port: int = _flag(
+        0,
+        "First TCP port of the control sockets: this one for queries, the next for reports, then "
+        "one per worker. 0: free ones if tcp is needed at all.",
+        metavar="PORT",
+    )
+    curve_keys: str = _flag(
+        "",
+        "Directory with the keys of the control sockets, made by `python -m sglang_ares.keys DIR`; "
+        "only holders of these keys are heard.",
+        metavar="DIR",
     )
 
     def __post_init__(self) -> None:
@@ -85,6 +142,8 @@ class AresArgs:
             ("max_attempts", 0),
             ("max_migrations_per_worker", 1),
             ("min_gap_tokens", 0),
+            ("migration_chunk_tokens", 1),
+            ("control_port", 0),
         ):
             value = getattr(self, name)
             if value < least:
@@ -106,15 +165,30 @@ class AresArgs:
             value = getattr(self, name)
             if not value > 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
-        for name in ("reschedule_threshold", "move_cooldown"):
+        if not 0 <= self.memory_floor < 1:
+            raise AresArgsError(
+                f"{flag_name('memory_floor')} is {self.memory_floor}; it must be a share of the "
+                "KV capacity, from 0 to below 1."
+            )
+        for name in ("reschedule_threshold", "move_cooldown", "migration_bandwidth"):
             value = getattr(self, name)
             if not value >= 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
-        for name, registry in (("placement", PLACEMENT), ("rescheduling", RESCHEDULING)):
+        if not 0 < self.migration_memory_share <= 1:
+            raise AresArgsError(
+                f"--ares-migration-memory-share is {self.migration_memory_share}; "
+                "it must be above 0 and at most 1."
+            )
+        for name, choices in (
+            ("placement", PLACEMENT.names()),
+            ("rescheduling", RESCHEDULING.names()),
+            ("migration_copy", ("live", "stopped")),
+            ("decode_radix_cache", ("on", "off")),
+        ):
             value = getattr(self, name)
-            if value not in registry.names():
+            if value not in choices:
                 raise AresArgsError(
-                    f"{flag_name(name)} is {value!r}; choose one of: {', '.join(registry.names())}."
+                    f"{flag_name(name)} is {value!r}; choose one of: {', '.join(choices)}."
                 )
 
     @property

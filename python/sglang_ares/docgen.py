@@ -24,7 +24,10 @@ def cli_page() -> str:
     for f in dataclasses.fields(AresArgs):
         choices = f.metadata.get("choices")
         more = f" One of: {', '.join(f'`{c}`' for c in choices)}." if choices else ""
-        rows.append(f"| `{flag_name(f.name)}` | `{f.default}` | {f.metadata['help']}{more} |")
+        flag = f"`{flag_name(f.name)}`"
+        if isinstance(f.default, bool):
+            flag += f", `{flag_name(f.name).replace('--', '--no-', 1)}`"
+        rows.append(f"| {flag} | `{f.default}` | {f.metadata['help']}{more} |")
     return "\n".join(
         [
             "# Command line",

@@ -7,7 +7,6 @@ import functools
 import multiprocessing as mp
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,14 @@ from sglang_ares.ares_args import AresArgs, AresArgsError
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.entrypoints.front_client import FrontClient
-from sglang_ares.srt.managers.runtime_dir import front_endpoint
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
-from sglang_ares.srt.platforms.cpu import CPU_DEFAULTS, accelerator_present
+from sglang_ares.srt.platforms.cpu import (
+    CPU_DEFAULTS,
+    accelerator_present,
+    give_cores_to_ranks,
+)
+from sglang_ares.srt.security.control_plane import ControlPlane, private_port_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,14 +48,22 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
     row = first_refusal(CLUSTER, server_args)
     if row is not None:
         raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
+    if ares_args.kv_checksum and server_args.tp_size > 1:
+        raise AresArgsError(
+            "--ares-kv-checksum cannot be used with --tp-size > 1: every rank holds other KV, and "
+            "only one checksum travels. Drop one of them."
+        )
     _check_model_path(server_args.model_path)
     if server_args.device == "cpu":
         # Before any child starts: several workers share few cores, and nothing can be learnt
         # from CUDA core dumps, for which upstream waits a minute when a worker dies.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        give_cores_to_ranks(server_args.tp_size)
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
+    elif ares_args.kv_checksum:
+        server_args.disaggregation_enable_kv_checksum = True
     server_args._ares_args = ares_args
-    server_args._ares_runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
+    server_args._ares_control = ControlPlane.create(ares_args)
     return server_args
 
 
@@ -65,6 +76,12 @@ def _check_model_path(model_path: str) -> None:
         )
 
 
+def control_plane_of(server_args: ServerArgs) -> ControlPlane:
+    """Where the control sockets are, as attached by :func:`prepare_server_args`."""
+    control: ControlPlane = server_args._ares_control
+    return control
+
+
 def ares_args_of(server_args: ServerArgs) -> AresArgs:
     """The cluster's configuration, as attached by :func:`prepare_server_args`."""
     ares_args: AresArgs = server_args._ares_args
@@ -73,7 +90,7 @@ def ares_args_of(server_args: ServerArgs) -> AresArgs:
 
 def detokenizer_of(server_args: ServerArgs) -> Callable[..., None]:
     """The entry point of the detokenizer's process."""
-    return functools.partial(run_detokenizer, server_args._ares_runtime_dir)
+    return functools.partial(run_detokenizer, control_plane_of(server_args))
 
 
 class Engine(UpstreamEngine):
@@ -94,7 +111,16 @@ class Engine(UpstreamEngine):
         server_args = prepare_server_args(server_args, ares_args)
         self.run_detokenizer_process_func = detokenizer_of(server_args)
         super().__init__(server_args=server_args)
-        self._client = FrontClient(front_endpoint(self.server_args._ares_runtime_dir))
+        control = control_plane_of(self.server_args)
+        self._client = FrontClient(control.front.connect, keys=control.keys)
+
+    @classmethod
+    def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
+        """Upstream's, with its sockets in the runtime directory, where only its owner may go."""
+        kwargs["port_args"] = private_port_args(
+            server_args, control_plane_of(server_args).runtime_dir
+        )
+        return super()._launch_subprocesses(server_args=server_args, **kwargs)
 
     @classmethod
     def _launch_scheduler_processes(
@@ -114,7 +140,7 @@ class Engine(UpstreamEngine):
                 server_args,
                 port_args,
                 ares_args_of(server_args),
-                server_args._ares_runtime_dir,
+                control_plane_of(server_args),
                 writer,
             ),
             name="ares-controller",
@@ -141,7 +167,8 @@ class Engine(UpstreamEngine):
         if client := getattr(self, "_client", None):
             client.close()
         super().shutdown()
-        shutil.rmtree(self.server_args._ares_runtime_dir, ignore_errors=True)
+        runtime_dir = control_plane_of(self.server_args).runtime_dir
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
     # --- ARES -------------------------------------------------------------------------------
 

@@ -79,16 +79,20 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang.srt.entrypoints.http_server import _setup_and_run_http_server, app
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from sglang_ares.engine import Engine, detokenizer_of, prepare_server_args
+    from sglang_ares.engine import (
+        Engine,
+        control_plane_of,
+        detokenizer_of,
+        prepare_server_args,
+    )
     from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
     from sglang_ares.srt.entrypoints.front_client import FrontClient
     from sglang_ares.srt.entrypoints.leaving import RefuseWhileLeaving
-    from sglang_ares.srt.managers.runtime_dir import front_endpoint
 
     check_port(server_args.host, server_args.port)
     server_args = prepare_server_args(server_args, ares_args)
-    runtime_dir = server_args._ares_runtime_dir
-    atexit.register(shutil.rmtree, runtime_dir, ignore_errors=True)
+    control = control_plane_of(server_args)
+    atexit.register(shutil.rmtree, control.runtime_dir, ignore_errors=True)
     tokenizer_manager, template_manager, port_args, started, watchdog, _ = (
         Engine._launch_subprocesses(
             server_args=server_args,
@@ -97,7 +101,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
             run_detokenizer_process_func=detokenizer_of(server_args),
         )
     )
-    client = FrontClient(front_endpoint(runtime_dir))
+    client = FrontClient(control.front.connect, keys=control.keys)
     add_ares_routes(app, client)
     app.add_middleware(
         RefuseWhileLeaving, is_leaving=lambda: bool(tokenizer_manager.gracefully_exit)

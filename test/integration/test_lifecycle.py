@@ -28,9 +28,10 @@ BAD_STARTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--model-path", "/no/such/model"): ("--model-path", "/no/such/model", "does not exist"),
     ("--port", "TAKEN"): ("--port", "choose another"),
     ("--pp-size", "2"): ("--pp-size", "--ares-decode-workers"),
-    ("--tp-size", "2"): ("--tp-size", "--ares-decode-workers"),
     ("--dp-size", "2"): ("--dp-size", "--ares-decode-workers"),
     ("--speculative-algorithm", "NGRAM"): ("--speculative-algorithm", "Drop"),
+    ("--ares-control-host", "0.0.0.0"): ("--ares-control-host", "sglang_ares.keys"),
+    ("--ares-curve-keys", "/no/such/keys"): ("--ares-curve-keys", "sglang_ares.keys"),
     ("--disaggregation-mode", "decode"): ("--disaggregation-mode", "--ares-decode-workers"),
 }
 

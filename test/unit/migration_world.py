@@ -2,16 +2,17 @@
 
 Real are the state machines, their manager, the messages (encoded and decoded), upstream's ``Req``
 and the captured state. In memory are what the protocol is written against: the scheduler
-(``MigrationHost``), the network (one FIFO per direction) and the KV transfers, whose every step
-a test can order, delay or fail. A request's model counts: its n-th output token is n, and its KV
-entry at a position names request, position and token, so that a lost, repeated or misplaced
-token or page shows.
+(``MigrationHost``), the network (one FIFO per direction), the prefix cache and the KV transfers,
+whose every step a test can order, delay or fail. A request's model counts: its n-th output token
+is n, and its KV entry at a position names text, position and token, so that a lost, repeated or
+misplaced token or page shows. Requests of one text share the cache; by default each has its own.
 """
 
 from __future__ import annotations
 
+import zlib
 from array import array
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_ares.srt.disaggregation.kv_link import CopyProgress
+from sglang_ares.srt.disaggregation.checks import WorkerFacts
+from sglang_ares.srt.disaggregation.kv_link import ChunkCounter, CopyProgress
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.request_state import tokenized_input, unpack_ids
@@ -38,8 +40,10 @@ from sglang_ares.srt.managers.io_struct import (
     WorkerInbound,
     encode,
 )
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 PROMPT_TOKEN = 7_000
+DEFAULT_LIMITS = MigrationLimits(timeout_s=5.0, headroom_tokens=8, final_tokens=2, max_inbound=2)
 
 
 # --- KV transfer ----------------------------------------------------------------------------
@@ -124,7 +128,7 @@ class SendingManager:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.status: dict[int, int] = {}
-        self._staging_outstanding: dict[int, int] = defaultdict(int)
+        self._staging_outstanding = ChunkCounter()
 
     def update(self, room: int, status: int) -> None:
         if room not in self.status:
@@ -181,7 +185,7 @@ class Receiver:
         self.memory = memory
         self.ready = False
         self.pages: npt.NDArray[np.int32] | None = None
-        self.owner_of: dict[int, Req | None] = {}
+        self.owner_of: dict[int, Req | str | None] = {}
         self.slot = -1
         self.complete = False
         self.failed = False
@@ -197,7 +201,9 @@ class Receiver:
         assert self.pages is None and state == []
         self.pages, self.slot = pages, slot
         self.owner_of = {int(p): self.memory.owner[p] for p in pages}
-        assert all(owner is not None for owner in self.owner_of.values())
+        assert all(isinstance(owner, Req) for owner in self.owner_of.values()), (
+            "free or cached pages are offered for writing"
+        )
 
     def poll(self) -> int:
         if self.failed:
@@ -213,14 +219,24 @@ class Receiver:
         pass
 
 
+CACHED = "the prefix cache"
+
+
 class Memory:
-    """A worker's KV pages and metadata slots."""
+    """A worker's KV pages, metadata slots and prefix cache.
+
+    A cached page is found by the text and all tokens up to its end. A request's table starts with
+    the cached pages it was matched with (``matched`` many); these are locked, the rest is its own.
+    """
 
     def __init__(self, pages: int, page_size: int, slots: int = 4) -> None:
         self.page_size = page_size
         self.content: list[list[Any]] = [[None] * page_size for _ in range(pages)]
-        self.owner: list[Req | None] = [None] * pages
+        self.owner: list[Req | str | None] = [None] * pages
         self.table: dict[int, list[int]] = {}
+        self.matched: dict[int, int] = {}
+        self.cache: dict[tuple[str, tuple[int, ...]], int] = {}
+        self.locks: Counter[int] = Counter()
         self.free_slots = list(range(slots))
         self.metadata = [0] * slots
         self.slots = slots
@@ -229,10 +245,15 @@ class Memory:
     def free_pages(self) -> int:
         return sum(owner is None for owner in self.owner)
 
+    @property
+    def evictable_pages(self) -> int:
+        return sum(not self.locks[page] for page in self.cache.values())
+
     def grow(self, req: Req, tokens: int) -> bool:
-        """Have pages for ``tokens`` tokens."""
+        """Have pages for ``tokens`` tokens; cached ones that nobody uses make way."""
         table = self.table.get(id(req), [])
         wanted = -(-tokens // self.page_size) - len(table)
+        self._evict(wanted - self.free_pages)
         free = [p for p, owner in enumerate(self.owner) if owner is None]
         if wanted > len(free):
             return False
@@ -245,19 +266,83 @@ class Memory:
         return True
 
     def shrink(self, req: Req, tokens: int) -> None:
-        """Give back the pages beyond ``tokens``; all of them for 0."""
-        table = self.table[id(req)]
+        """Give back the pages beyond ``tokens``; all of them, and the locks, for 0."""
+        table = self.table.get(id(req), [])
         keep = -(-tokens // self.page_size)
+        if not tokens:
+            for page in table[: self.matched.pop(id(req), 0)]:
+                self.locks[page] -= 1
+                assert self.locks[page] >= 0, "unlocked twice"
+                table[table.index(page)] = -1
         for page in table[keep:]:
-            assert self.owner[page] is req, "freed twice"
-            self.owner[page] = None
+            if page >= 0:
+                assert self.owner[page] is req, "freed twice"
+                self.owner[page] = None
         del table[keep:]
         if not table:
-            del self.table[id(req)]
+            self.table.pop(id(req), None)
         req.kv.kv_allocated_len = req.kv.kv_committed_len = tokens
+
+    # --- prefix cache -----------------------------------------------------------------------
+
+    def lock_prefix(self, req: Req, ids: list[int]) -> int:
+        """Start the request's table with the cached pages of its first tokens; how many tokens."""
+        table: list[int] = []
+        for page in self._cached_pages(req, ids):
+            self.locks[page] += 1
+            table.append(page)
+        if table:
+            self.table[id(req)] = table
+            self.matched[id(req)] = len(table)
+        return len(table) * self.page_size
+
+    def insert(self, req: Req, tokens: int) -> None:
+        """Give the whole pages of the request's first ``tokens`` to the cache and let go of it."""
+        ids = [*req.origin_input_ids, *req.output_ids][:tokens]
+        table = self.table[id(req)]
+        for i in range(self.matched.get(id(req), 0), tokens // self.page_size):
+            key = self._key(req, ids, i)
+            if key not in self.cache:
+                self.cache[key] = table[i]
+                self.owner[table[i]] = CACHED
+                table[i] = -1
+        self.shrink(req, 0)
+
+    def warm(self, req: Req, ids: list[int]) -> None:
+        """Have the whole pages of ``ids`` cached."""
+        for i in range(len(ids) // self.page_size):
+            key = self._key(req, ids, i)
+            if key not in self.cache:
+                self.cache[key] = page = self.owner.index(None)
+                self.owner[page] = CACHED
+                span = range(i * self.page_size, (i + 1) * self.page_size)
+                self.content[page] = [(text_of(req), at, ids[at]) for at in span]
+
+    def _cached_pages(self, req: Req, ids: list[int]) -> Iterator[int]:
+        for i in range(len(ids) // self.page_size):
+            page = self.cache.get(self._key(req, ids, i))
+            if page is None:
+                return
+            yield page
+
+    def _key(self, req: Req, ids: list[int], page: int) -> tuple[str, tuple[int, ...]]:
+        return text_of(req), tuple(ids[: (page + 1) * self.page_size])
+
+    def _evict(self, pages: int) -> None:
+        """Longest prefixes first, as from a tree's leaves."""
+        for key in sorted(self.cache, key=lambda k: -len(k[1])):
+            if pages <= 0:
+                return
+            page = self.cache[key]
+            if not self.locks[page]:
+                del self.cache[key]
+                assert self.owner[page] == CACHED
+                self.owner[page] = None
+                pages -= 1
 
     def write(self, req: Req, position: int, value: Any) -> None:
         page = self.table[id(req)][position // self.page_size]
+        assert self.owner[page] is req, "a write into a page that is not the request's own"
         self.content[page][position % self.page_size] = value
 
     def read(self, req: Req, tokens: int) -> list[Any]:
@@ -265,10 +350,15 @@ class Memory:
         return slots[:tokens]
 
 
+def text_of(req: Req) -> str:
+    """What separates the caches of requests with equal tokens."""
+    return req.extra_key or req.rid
+
+
 def expected_kv(req: Req, tokens: int) -> list[Any]:
     """What the first ``tokens`` KV entries of a request must hold."""
     ids = [*req.origin_input_ids, *req.output_ids][:tokens]
-    return [(req.rid, position, token) for position, token in enumerate(ids)]
+    return [(text_of(req), position, token) for position, token in enumerate(ids)]
 
 
 class Link:
@@ -278,6 +368,7 @@ class Link:
         self._worker = worker
         self._manager = SendingManager(worker.memory)
         self.page_size = worker.memory.page_size
+        self.page_bytes = 1000 * worker.memory.page_size
 
     def open_sender(self, room: int) -> Sender:
         transfer = self._worker.world.transfers[room] = Transfer(room, self._manager)
@@ -301,6 +392,9 @@ class Link:
         table = self._worker.memory.table[id(req)]
         return np.array(table[start // self.page_size : -(-end // self.page_size)], np.int32)
 
+    def checksum(self, req: Req, start: int, end: int) -> int:
+        return zlib.crc32(repr(self._worker.memory.read(req, end)[start:]).encode())
+
     def page_count(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
@@ -309,6 +403,15 @@ class Link:
 
 
 # --- a worker -------------------------------------------------------------------------------
+
+
+class StrictlyDropped(DroppedFrames):
+    """What the product survives, a test must see: errors while handling a message go on."""
+
+    def count(self, reason: str, *, error: BaseException | None = None) -> None:
+        super().count(reason)
+        if error is not None:
+            raise error
 
 
 class Worker:
@@ -321,7 +424,9 @@ class Worker:
     def __init__(self, world: World, worker_id: int) -> None:
         self.world = world
         self.worker_id = worker_id
+        self.speaks = True
         self.memory = Memory(world.pages, world.page_size)
+        self.kv_capacity = world.pages * world.page_size
         self.link = Link(self)
         self.running: list[Req] = []
         self.waiting: list[Req] = []
@@ -329,6 +434,8 @@ class Worker:
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self.building: list[Req] = []
         self.refuses: str | None = None
+        self.facts = WorkerFacts(vocab_size=10_000, max_tokens=world.pages)
+        self.dropped = StrictlyDropped(f"worker-{worker_id}")
         self.manager = MigrationManager(self, world.limits)
         self.manager.connect(
             [
@@ -371,7 +478,7 @@ class Worker:
                 continue
             position = len(req.origin_input_ids) + len(req.output_ids) - 1
             fed = req.output_ids[-1] if req.output_ids else req.origin_input_ids[-1]
-            self.memory.write(req, position, (req.rid, position, fed))
+            self.memory.write(req, position, (text_of(req), position, fed))
             req.output_ids.append(len(req.output_ids))
             if req.to_finish is not None:
                 req.finished_reason = req.to_finish
@@ -393,7 +500,7 @@ class Worker:
         kind = "aborted" if isinstance(req.finished_reason, FINISH_ABORT) else "finished"
         self.world.client_learns_end(req.rid, kind)
         self.running = [r for r in self.running if r is not req]
-        self.memory.shrink(req, 0)
+        self.memory.insert(req, len(req.origin_input_ids) + len(req.output_ids) - 1)
         self.received.pop(req.rid, None)
 
     def abort_request(self, rid: str) -> None:
@@ -454,7 +561,7 @@ class Worker:
         self.waiting.append(req)
 
     def release(self, req: Req) -> None:
-        self.memory.shrink(req, 0)
+        self.memory.insert(req, req.kv.kv_committed_len)
         self.received.pop(req.rid, None)
 
     def alloc_metadata(self) -> int | None:
@@ -472,6 +579,9 @@ class Worker:
         return self.memory.metadata[slot]
 
     def refusal(self, offer: Offer) -> str | None:
+        rid = offer.spec.rid
+        if any(r.rid == rid for r in (*self.running, *self.waiting)):
+            return "the request is here already"
         if len(self.manager.inbound) > self.world.limits.max_inbound:
             return "too many migrations inbound"
         return self.refuses
@@ -488,17 +598,23 @@ class Worker:
         if not self.world.slow_builds:
             self.finish_build()
 
-    def reserve(self, req: Req, offer: Offer) -> int | None:
+    def lock_prefix(self, req: Req, offer: Offer) -> int:
+        ids = [*req.origin_input_ids, *unpack_ids(offer.output_ids)][: offer.tokens - 1]
+        self.memory.warm(req, ids[: self.world.prefix_tokens])
+        return self.memory.lock_prefix(req, ids)
+
+    def unlock_prefix(self, req: Req) -> None:
+        self.memory.shrink(req, 0)
+
+    def reserve(self, req: Req, offer: Offer) -> bool:
         wanted = offer.tokens + offer.headroom
-        resident = self.world.pages - self.memory.free_pages + self.link.page_count(wanted)
-        if resident > self.world.budget or not self.memory.grow(req, wanted):
-            return None
+        memory = self.memory
+        resident = self.world.pages - memory.free_pages - memory.evictable_pages
+        own = self.link.page_count(wanted) - memory.matched.get(id(req), 0)
+        if resident + own > self.world.budget or not memory.grow(req, wanted):
+            return False
         req.output_ids = unpack_ids(offer.output_ids)
-        page = self.world.page_size
-        prefix = min(self.world.prefix_tokens, offer.tokens - 1) // page * page
-        for position, entry in enumerate(expected_kv(req, prefix)):
-            self.memory.write(req, position, entry)
-        return prefix
+        return True
 
     def trim(self, req: Req, tokens: int) -> None:
         assert tokens <= req.kv.kv_allocated_len, "the request outgrew its reservation"
@@ -535,6 +651,9 @@ class Worker:
             assert isinstance(message, MigrationResult)
             self.world.results.append(message)
 
+    def decode_step_s(self) -> float:
+        return 0.01
+
     def wall_clock(self) -> float:
         return self.world.now
 
@@ -549,6 +668,7 @@ def new_req(recv_req: TokenizedGenerateReqInput) -> Req:
         bootstrap_host=recv_req.bootstrap_host,
         bootstrap_port=recv_req.bootstrap_port,
         bootstrap_room=recv_req.bootstrap_room,
+        extra_key=recv_req.extra_key,
     )
 
 
@@ -569,9 +689,7 @@ class World:
         prefix_tokens: int = 0,
         limits: MigrationLimits | None = None,
     ) -> None:
-        self.limits = limits or MigrationLimits(
-            timeout_s=5.0, headroom_tokens=8, final_tokens=2, max_inbound=2
-        )
+        self.limits = limits or DEFAULT_LIMITS
         self.worker_count = workers
         self.page_size = page_size
         self.pages = 600
@@ -596,8 +714,18 @@ class World:
 
     # --- clients ----------------------------------------------------------------------------
 
-    def submit(self, rid: str, *, worker: int = 0, prompt: int = 5, max_new: int = 40) -> Req:
+    def submit(
+        self,
+        rid: str,
+        *,
+        worker: int = 0,
+        prompt: int = 5,
+        max_new: int = 40,
+        text: str | None = None,
+    ) -> Req:
         """A request that starts to decode on ``worker``, its prompt's KV present."""
+        params = SamplingParams(max_new_tokens=max_new)
+        params.normalize(None)  # as upstream's front does
         recv_req = TokenizedGenerateReqInput(
             rid=rid,
             input_text=None,
@@ -605,12 +733,13 @@ class World:
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
-            sampling_params=SamplingParams(max_new_tokens=max_new),
+            sampling_params=params,
             return_logprob=False,
             logprob_start_len=-1,
             top_logprobs_num=0,
             token_ids_logprob=None,
             stream=True,
+            extra_key=text,
         )
         host = self.workers[worker]
         req = new_req(recv_req)
@@ -740,8 +869,12 @@ class World:
         for worker in self.workers:
             live = [r for rid in self.streams for r in worker.emits(rid)]
             assert set(worker.memory.table) == {id(r) for r in live}, "pages leaked"
-            held = sum(len(worker.memory.table[id(r)]) for r in live)
-            assert worker.memory.free_pages == self.pages - held, "pages leaked"
+            memory = worker.memory
+            matched = {id(r): memory.matched.get(id(r), 0) for r in live}
+            own = sum(len(memory.table[id(r)]) - matched[id(r)] for r in live)
+            assert memory.free_pages + len(memory.cache) + own == self.pages, "pages leaked"
+            assert memory.locks.total() == sum(matched.values()), "locks leaked"
+            assert not worker.manager.reserved_inbound, "the memory budget leaked"
             assert len(worker.memory.free_slots) == worker.memory.slots, "metadata slots leaked"
             assert not worker.manager.stopped_requests()
         assert not any(t.under_way for t in self.transfers.values()), "a write is under way"

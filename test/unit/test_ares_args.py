@@ -16,7 +16,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_ares import launch_server
 from sglang_ares.ares_args import AresArgs, AresArgsError, flag_name
 from sglang_ares.demo_model import MODEL_DIR
-from sglang_ares.engine import ares_args_of, prepare_server_args
+from sglang_ares.engine import ares_args_of, control_plane_of, prepare_server_args
 from sglang_ares.launch_server import build_parser, check_port, parse_args
 from sglang_ares.srt.disaggregation.refusals import (
     CLUSTER,
@@ -46,18 +46,29 @@ def test_defaults_on_the_command_line_are_those_of_the_class() -> None:
 OTHER_VALUES: dict[str, Any] = {
     "placement": "round_robin",
     "rescheduling": "none",
+    "migration_memory_share": 0.25,
+    "migration_copy": "stopped",
+    "decode_radix_cache": "off",
+    "memory_floor": 0.2,
+    "control_host": "0.0.0.0",
+    "curve_keys": "keys",
 }
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
 def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
     value = OTHER_VALUES.get(field.name)
+    if isinstance(field.default, bool):
+        name = flag_name(field.name)
+        for default in (True, False):
+            given = parsed(name if default else name.replace("--", "--no-", 1))
+            assert given == dataclasses.replace(AresArgs(), **{field.name: default})
+        return
     if value is None:
         is_switch = isinstance(field.default, bool)
         value = not field.default if is_switch else type(field.default)(field.default + 3)
     assert value != field.default
-    given = [] if value is True else [str(value)]
-    args = parsed(flag_name(field.name), *given)
+    args = parsed(flag_name(field.name), *([] if value is True else [str(value)]))
     assert getattr(args, field.name) == value
     assert args == dataclasses.replace(AresArgs(), **{field.name: value})
 
@@ -109,6 +120,16 @@ def test_choices_come_from_the_registries() -> None:
         ("reschedule_threshold", float("nan"), "must"),
         ("move_cooldown", -1.0, "must not be negative"),
         ("move_cooldown", float("nan"), "must"),
+        ("migration_bandwidth", -1.0, "must not be negative"),
+        ("migration_chunk_tokens", 0, "at least 1"),
+        ("migration_memory_share", 0.0, "above 0 and at most 1"),
+        ("migration_memory_share", 1.1, "above 0 and at most 1"),
+        ("migration_memory_share", float("nan"), "above 0 and at most 1"),
+        ("migration_copy", "later", "choose one of: live, stopped"),
+        ("decode_radix_cache", "maybe", "choose one of: on, off"),
+        ("memory_floor", -0.1, "from 0 to below 1"),
+        ("memory_floor", 1.0, "from 0 to below 1"),
+        ("memory_floor", float("nan"), "from 0 to below 1"),
         ("placement", "best", "choose one of: "),
         ("rescheduling", "best", "choose one of: "),
     ],
@@ -225,7 +246,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"disaggregation_mode": "prefill"}, "disaggregation_mode"),
     ({"disaggregation_mode": "decode"}, "disaggregation_mode"),
     ({"pp_size": 2}, "pipeline_parallel"),
-    ({"tp_size": 2}, "tensor_parallel"),
     ({"dp_size": 2}, "data_parallel"),
     ({"enable_dp_attention": True}, "data_parallel"),
     ({"nnodes": 2}, "multi_node"),
@@ -336,7 +356,7 @@ def test_a_model_id_or_folder_is_accepted(model_path: str, environment: None) ->
     ares_args = AresArgs(decode_workers=3)
     server_args = prepare_server_args(ServerArgs(model_path=model_path), ares_args)
     assert ares_args_of(server_args) is ares_args
-    assert Path(server_args._ares_runtime_dir).is_dir()
+    assert Path(control_plane_of(server_args).runtime_dir).is_dir()
 
 
 # --- the port -------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def report(
         pools=PoolCounters(
             kv_free=1,
             kv_cached=2,
+            kv_locked=0,
             request_slots_free=3,
             metadata_slots_free=4,
             requests=5,
@@ -122,6 +123,8 @@ def result(
         outcome=outcome,
         reason=reason,
         tokens=10,
+        tokens_sent=7,
+        tokens_saved=3 if outcome == "completed" else 0,
         kv_bytes=100,
         duration_s=0.5,
     )
@@ -449,10 +452,13 @@ def test_status_document(state: ClusterState) -> None:
         "failed": {"timeout in COPYING": 1},
         "cancelled": {},
         "in_flight": 1,
+        "tokens_sent": 21,
+        "tokens_saved": 3,
+        "causes": {"manual": 0, "policy": 4, "memory": 0, "drain": 0},
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
-    required = {"id", "role", "state", "pids", "running", "queued", "queued_tokens", "kv_tokens",
-                "kv_capacity", "restarts"}  # fmt: skip
+    required = {"id", "role", "state", "restarts", "pids", "running", "queued",
+                "queued_tokens", "kv_tokens", "kv_capacity"}  # fmt: skip
     for worker in document["workers"]:
         assert required <= set(worker)
     reported = document["workers"][1]

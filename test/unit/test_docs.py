@@ -20,7 +20,14 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/structure.md", "docs/migration.md", "docs/results/README.md"]
+    "page",
+    [
+        "README.md",
+        "docs/structure.md",
+        "docs/migration.md",
+        "docs/security.md",
+        "docs/results/README.md",
+    ],
 )
 def test_links_lead_somewhere(page: str) -> None:
     """Relative links of the hand-written pages point at files of the repository."""

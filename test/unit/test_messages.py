@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import inspect
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -34,16 +35,22 @@ from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,
     Commit,
+    ConnectPeers,
     ControllerInbound,
     Decoder,
     FrontInbound,
+    Landed,
     LedgerInbound,
     Message,
+    MigrationResult,
     Offer,
+    Peer,
     QueryReply,
+    StartMigration,
     WorkerInbound,
     encode,
 )
+from unit.message_values import random_message
 
 REJECTED = (msgspec.ValidationError, msgspec.DecodeError)
 UNIONS: dict[str, Any] = {
@@ -63,9 +70,6 @@ def union_of(message: type[Message]) -> Any:
     return next(u for u in UNIONS.values() if message is u or message in get_args(u))
 
 
-# msgpack carries 64-bit integers; token ids are int32.
-INTS = st.integers(-(2**63), 2**63 - 1)
-FLOATS = st.floats(allow_nan=False)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=20)
 SAMPLING = st.builds(
     SamplingParams,
@@ -81,21 +85,11 @@ SAMPLING = st.builds(
     sampling_seed=st.none() | st.integers(0, 2**62),
     custom_params=st.none() | st.dictionaries(st.text(max_size=3), st.integers(0, 9)),
 )
-STATES = st.builds(
-    RequestState,
-    output_ids=IDS.map(pack_ids),
-    plain=st.dictionaries(
-        st.text(max_size=5), INTS | st.booleans() | st.none() | st.text(max_size=9)
-    ),
-    detokenized=st.none() | INTS,
-    logprobs=st.dictionaries(
-        st.text(max_size=5), st.none() | st.lists(FLOATS | st.lists(FLOATS, max_size=3))
-    ),
-)
-st.register_type_strategy(SamplingParams, SAMPLING)
-st.register_type_strategy(RequestState, STATES)
-st.register_type_strategy(int, INTS)
-st.register_type_strategy(float, FLOATS)
+
+
+def messages(message_type: type[Message]) -> st.SearchStrategy[Any]:
+    """Messages of a type within the bounds of their fields."""
+    return st.randoms(use_true_random=False).map(lambda rng: random_message(message_type, rng))
 
 
 # --- the wire -------------------------------------------------------------------------------
@@ -111,7 +105,7 @@ def test_every_message_has_a_direction() -> None:
 @settings(max_examples=20)
 @given(data=st.data())
 def test_round_trip(message_type: type[Message], data: st.DataObject) -> None:
-    message = data.draw(st.from_type(message_type))
+    message = data.draw(messages(message_type))
     frame = encode(message)
     assert Decoder(union_of(message_type)).decode(frame) == message
     assert msgspec.msgpack.decode(frame)[0] == message_type.__name__
@@ -121,7 +115,7 @@ def test_round_trip(message_type: type[Message], data: st.DataObject) -> None:
 @settings(max_examples=10)
 @given(data=st.data())
 def test_truncated_frames_are_rejected(message_type: type[Message], data: st.DataObject) -> None:
-    frame = encode(data.draw(st.from_type(message_type)))
+    frame = encode(data.draw(messages(message_type)))
     cut = data.draw(st.integers(0, len(frame) - 1))
     with pytest.raises(REJECTED):
         Decoder(union_of(message_type)).decode(frame[:cut])
@@ -133,6 +127,40 @@ def test_truncated_frames_are_rejected(message_type: type[Message], data: st.Dat
 def test_random_bytes_are_rejected(union: Any, frame: bytes) -> None:
     with pytest.raises(REJECTED):
         Decoder(union).decode(frame)
+
+
+@pytest.mark.parametrize("message_type", MESSAGES, ids=lambda c: c.__name__)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_changed_bytes_are_rejected_or_valid(
+    message_type: type[Message], data: st.DataObject
+) -> None:
+    frame = bytearray(encode(data.draw(messages(message_type))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        decoded = Decoder(union_of(message_type)).decode(bytes(frame))
+    except REJECTED:
+        return
+    assert encode(decoded)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\x94\xa6Cancel\x01\x00\xa2\xff\xfe",
+        b"\x91" * 100_000,
+        b"\x94\xa6Cancel" + b"\x91" * 100_000,
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdb\xff\xff\xff\xff",
+        b"\x94\xa6Cancel\x01\x00\xc7\x01\x05x",
+    ],
+    ids=["not utf-8", "deep", "deep field", "4 G items", "4 GB text", "extension"],
+)
+def test_nasty_frames_are_rejected(frame: bytes) -> None:
+    """Whatever msgspec raises by itself, the receiver sees one family of errors."""
+    with pytest.raises(REJECTED):
+        Decoder(WorkerInbound).decode(frame)
 
 
 PLAIN = st.recursive(
@@ -150,7 +178,7 @@ def test_one_field_replaced_is_rejected_or_valid(
     message_type: type[Message], data: st.DataObject
 ) -> None:
     """Whatever stands in a field: a message of the declared types, or a msgspec error."""
-    parts = msgspec.msgpack.decode(encode(data.draw(st.from_type(message_type))))
+    parts = msgspec.msgpack.decode(encode(data.draw(messages(message_type))))
     parts[data.draw(st.integers(0, len(parts) - 1))] = data.draw(PLAIN)
     decoder = Decoder(union_of(message_type))
     try:
@@ -186,13 +214,108 @@ def test_a_missing_field_is_rejected() -> None:
 
 
 def test_an_oversize_frame_is_rejected_unread() -> None:
-    decoder = Decoder(WorkerInbound)
-    text = "x" * (MAX_MESSAGE_BYTES + 1)
-    frame = encode(Cancel(migration_id=1, source=0, reason=text))
+    decoder = Decoder(QueryReply)
+    large = QueryReply(query_id=1, status=200, body=b"x" * (MAX_MESSAGE_BYTES + 1))
     with pytest.raises(msgspec.ValidationError, match=r"message of \d+ bytes is too large"):
-        decoder.decode(frame)
-    fits = Cancel(migration_id=1, source=0, reason="x" * (MAX_MESSAGE_BYTES - 1000))
+        decoder.decode(encode(large))
+    fits = QueryReply(query_id=1, status=200, body=b"x" * (MAX_MESSAGE_BYTES - 1000))
     assert decoder.decode(encode(fits)) == fits
+
+
+OUT_OF_BOUNDS: tuple[Message, ...] = (
+    Cancel(migration_id=-1, source=0, reason=""),
+    Cancel(migration_id=2**62, source=0, reason=""),
+    Cancel(migration_id=1, source=-1, reason=""),
+    Cancel(migration_id=1, source=2**16, reason=""),
+    Cancel(migration_id=1, source=1, reason="x" * 1001),
+    Accept(migration_id=1, worker_id=1, prefix_tokens=-1),
+    StartMigration(migration_id=1, rid="x" * 513, target=1),
+    Landed(migration_id=1, rid="r", worker_id=1, steps=1, blackout_s=math.nan),
+    Landed(migration_id=1, rid="r", worker_id=1, steps=1, blackout_s=math.inf),
+    ConnectPeers(
+        peers=[
+            Peer(
+                worker_id=1,
+                role="admin",
+                control_endpoint="ipc://x",
+                bootstrap_host="h",
+                bootstrap_port=1,
+            )
+        ]
+    ),
+    ConnectPeers(
+        peers=[
+            Peer(
+                worker_id=1,
+                role="decode\n",
+                control_endpoint="ipc://x",
+                bootstrap_host="h",
+                bootstrap_port=65_536,
+            )
+        ]
+    ),
+    MigrationResult(
+        migration_id=1, rid="r", source=0, target=1, outcome="won", reason="", tokens=1,
+        tokens_sent=1, tokens_saved=0,
+        kv_bytes=1, duration_s=1.0,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("message", OUT_OF_BOUNDS, ids=lambda m: type(m).__name__)
+def test_values_out_of_bounds_are_rejected(message: Message) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        Decoder(union_of(type(message))).decode(encode(message))
+
+
+def field_types(info: Any) -> list[Any]:
+    """All types below a type."""
+    found = [info]
+    match info:
+        case inspect.StructType():
+            below = [f.type for f in info.fields]
+        case inspect.UnionType():
+            below = list(info.types)
+        case inspect.ListType() | inspect.VarTupleType() | inspect.SetType():
+            below = [info.item_type]
+        case inspect.DictType():
+            below = [info.key_type, info.value_type]
+        case _:
+            below = []
+    for part in below:
+        found += field_types(part)
+    return found
+
+
+PLAIN_TYPES = (
+    inspect.StructType, inspect.UnionType, inspect.ListType, inspect.VarTupleType,
+    inspect.SetType, inspect.DictType, inspect.IntType, inspect.FloatType, inspect.StrType,
+    inspect.BytesType, inspect.BoolType, inspect.NoneType,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("message_type", MESSAGES, ids=lambda c: c.__name__)
+def test_a_message_holds_plain_types_only(message_type: type[Message]) -> None:
+    """No Any, no extension, no type that a hook would build: upstream's SamplingParams too."""
+    for info in field_types(inspect.type_info(message_type)):
+        assert isinstance(info, PLAIN_TYPES), info
+
+
+@pytest.mark.parametrize("message_type", MESSAGES, ids=lambda c: c.__name__)
+def test_numbers_and_lists_of_our_own_have_bounds(message_type: type[Message]) -> None:
+    """Except where only the size of the whole message bounds them: the text and the output of
+    a request, checked against each other in ``disaggregation/checks.py``."""
+    free = {"input_text", "decoded_text", "body", "logprob_start_len", "priority"}
+    for info in field_types(inspect.type_info(message_type)):
+        if isinstance(info, inspect.StructType) and info.cls is not SamplingParams:
+            for f in info.fields:
+                for part in f.type.types if isinstance(f.type, inspect.UnionType) else [f.type]:
+                    if isinstance(part, inspect.IntType) and f.name not in free:
+                        assert part.ge is not None and (part.lt or part.le) is not None, f
+                    if isinstance(part, inspect.FloatType):
+                        assert part.ge is not None and part.le is not None, f
+                    if isinstance(part, inspect.StrType) and f.name not in free:
+                        assert part.max_length is not None or part.pattern is not None, f
 
 
 def test_messages_cannot_be_changed() -> None:

@@ -7,6 +7,8 @@ a byte moves and freed at the end, no state without an end.
 from __future__ import annotations
 
 import inspect
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,16 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from sglang.srt.disaggregation.base.conn import KVPoll
 
-from sglang_ares.srt.disaggregation.kv_link import CopyProgress, KvLink
+from sglang_ares.srt.disaggregation.kv_link import (
+    THROUGH,
+    UNDER_WAY,
+    UNTOUCHED,
+    Arrival,
+    ChunkCounter,
+    CopyProgress,
+    KvLink,
+    drained,
+)
 from sglang_ares.srt.disaggregation.manager import MigrationHost
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
@@ -50,9 +61,22 @@ from sglang_ares.srt.managers.io_struct import (
     TransferFailed,
     WorkerInbound,
 )
-from unit.migration_world import Link, Receiver, Sender, Transfer, Worker, World
+from unit.migration_world import (
+    DEFAULT_LIMITS,
+    Link,
+    Receiver,
+    Sender,
+    Transfer,
+    Worker,
+    World,
+)
 
 # --- helpers --------------------------------------------------------------------------------
+
+
+def limits(**changes: Any) -> MigrationLimits:
+    """The world's limits, changed."""
+    return replace(DEFAULT_LIMITS, **changes)
 
 
 def source_of(world: World, migration_id: int, worker: int = 0) -> Any:
@@ -65,6 +89,12 @@ def target_of(world: World, migration_id: int, worker: int = 1) -> Any:
 
 def transfer_of(world: World, migration_id: int) -> Transfer:
     return world.transfers[source_of(world, migration_id).record.room]
+
+
+def cancel(world: World) -> None:
+    """Two steps of worker 0: it gives a migration up, then sees that the copy has drained."""
+    world.workers[0].iterate()
+    world.workers[0].iterate()
 
 
 def drive_source_to(world: World, migration_id: int, state: SourceState) -> None:
@@ -168,7 +198,7 @@ def test_enter_obeys_the_table(table: dict[Any, frozenset[Any]]) -> None:
             if after in allowed:
                 record.enter(after, 3.0, 2.0)
                 assert record.state is after and record.deadline == 5.0
-                assert record.history == [after.value]
+                assert record.history == [(after.value, 3.0)]
             else:
                 with pytest.raises(ProtocolError, match=f"{before.value} → {after.value}"):
                     record.enter(after, 3.0, 2.0)
@@ -636,7 +666,7 @@ def test_timeout_in_offered() -> None:
     migration = world.start("r", 0, 1)
     world.deliver(0, 1)
     world.now += 6
-    world.workers[0].iterate()
+    cancel(world)
     result = world.result(migration)
     assert (result.outcome, result.reason) == (FAILED, "timeout in OFFERED")
     assert world.owner("r") == 0
@@ -682,7 +712,7 @@ def test_timeout_in_handover_while_commit_is_on_its_way() -> None:
     while transfer.advance():
         pass
     world.now += 6
-    world.workers[0].iterate()
+    cancel(world)
     assert source_of(world, migration).record.state is SourceState.RECALLING
     assert [type(m) for m in messages(world, 0, 1)] == [Commit, Cancel]
     world.deliver(0, 1)
@@ -779,6 +809,21 @@ def test_a_hand_over_whose_last_pages_hang_goes_on_once_they_settle() -> None:
 
 
 # --- late and unknown messages --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "orphan",
+    [
+        Accept(migration_id=9, worker_id=1, prefix_tokens=0),
+        TransferFailed(migration_id=9, worker_id=1, reason="x"),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_who_holds_memory_for_an_unknown_migration_is_told_to_free_it(orphan: Message) -> None:
+    world = World()
+    world.workers[0].manager.handle(orphan, world.now)
+    (answer,) = messages(world, 0, 1)
+    assert answer == Cancel(migration_id=9, source=0, reason="migration unknown at the source")
 
 
 @pytest.mark.parametrize(
@@ -892,7 +937,7 @@ def test_a_second_offer_while_the_first_is_still_building() -> None:
     world.start("r", 0, 1)
     world.deliver(0, 1)
     world.now += 6
-    world.workers[0].iterate()
+    cancel(world)
     world.deliver(0, 1)
     second = world.start("r", 0, 1)
     world.deliver(0, 1)
@@ -907,17 +952,67 @@ def test_a_second_offer_while_the_first_is_still_building() -> None:
 # --- progress of a copy ---------------------------------------------------------------------
 
 
-def test_copy_progress_counts_what_was_taken_up() -> None:
-    counts: dict[int, int] = {}
+def test_copy_progress_waits_for_every_chunk_sent() -> None:
+    counts = ChunkCounter()
     progress = CopyProgress(SimpleNamespace(_staging_outstanding=counts), 5)
-    assert progress.poll() == KVPoll.Transferring, "nothing was taken up yet"
-    assert progress.drained()
-    counts[5] = 1
-    assert progress.poll() == KVPoll.Transferring and not progress.drained()
-    counts[5] = 0
-    assert progress.poll() == KVPoll.Success and progress.drained()
-    assert CopyProgress(object(), 5).poll() == KVPoll.Success, "a backend that does not count"
-    assert CopyProgress(object(), 5).drained()
+    assert progress.poll() == THROUGH, "nothing was sent yet"
+    for _ in range(3):
+        progress.chunk_sent()
+        assert progress.poll() == UNTOUCHED, "not taken up yet"
+        counts[5] += 1
+        assert progress.poll() == UNDER_WAY
+        counts[5] -= 1
+        assert progress.poll() == THROUGH == KVPoll.Success
+    progress.close()
+    assert not counts.finished
+    assert CopyProgress(object(), 5).poll() == THROUGH, "a backend that does not count"
+
+
+def test_the_least_progress_over_the_ranks_is_that_of_the_whole_copy() -> None:
+    """Drained only where no rank writes; through only where every rank is."""
+    states = (UNDER_WAY, UNTOUCHED, THROUGH)
+    for here, there in itertools.product(states, repeat=2):
+        least = min(here, there)
+        assert drained(least) == (UNDER_WAY not in (here, there))
+        assert (least == THROUGH) == (here == there == THROUGH)
+
+
+def test_kv_has_arrived_only_with_its_metadata() -> None:
+    """Whichever comes first; another room's metadata is a failure."""
+    slot = 0
+    receiver = SimpleNamespace(poll=lambda: state)
+    arrival = Arrival(receiver, 7, lambda: slot)
+    for state in (KVPoll.Bootstrapping, KVPoll.Transferring, KVPoll.Failed):
+        assert arrival.poll() == state
+    state = KVPoll.Success
+    assert arrival.poll() == KVPoll.Transferring
+    slot = 7
+    assert arrival.poll() == KVPoll.Success
+    slot = 8
+    assert arrival.poll() == KVPoll.Failed
+
+
+def test_a_chunk_taken_up_after_the_poll_delays_the_cancel() -> None:
+    """The poll that counts is one from after the abort: until then a chunk may be taken up."""
+    world = World(page_size=1)
+    world.submit("r", prompt=20, max_new=40)
+    migration = world.start("r", 0, 1)
+    drive_source_to(world, migration, SourceState.COPYING)
+    source = source_of(world, migration)
+    transfer = world.transfers[source.record.room]
+    assert transfer.chunks and transfer.under_way is None
+    world.now += 2 * world.limits.timeout_s
+    polls = world.workers[0].link.poll(list(source.pollers))
+    transfer.advance()
+    assert transfer.under_way is not None
+    source.tick(world.now, *polls)
+    assert source.record.state is SourceState.CANCELLING
+    assert not source._cancel_sent, "a chunk is being written"
+    source.tick(world.now, *world.workers[0].link.poll(list(source.pollers)))
+    assert not source._cancel_sent, "a chunk is being written"
+    transfer.advance()
+    source.tick(world.now, *world.workers[0].link.poll(list(source.pollers)))
+    assert source._cancel_sent
 
 
 # --- random schedules -----------------------------------------------------------------------
@@ -947,6 +1042,18 @@ WORLDS = st.fixed_dictionaries(
         "slow_builds": st.booleans(),
         "prefix_tokens": st.sampled_from([0, 0, 6]),
         "budget": st.sampled_from([600, 600, 80]),
+        "limits": st.sampled_from(
+            [
+                None,
+                None,
+                limits(chunk_tokens=3),
+                limits(chunk_tokens=4, bandwidth_mb_s=0.5),
+                limits(bandwidth_mb_s=0.02, max_outbound=1),
+                limits(memory_share=0.04),
+                limits(live_copy=False),
+            ]
+        ),
+        "texts": st.sampled_from([1, 3]),
     }
 )
 REQUESTS = st.lists(
@@ -1001,10 +1108,17 @@ def run_schedule(
     world_args: dict[str, Any], requests: list[tuple[int, int]], schedule: bytes
 ) -> World:
     """Perform a schedule, let everything arrive, decode to the end; all invariants hold."""
+    texts = world_args.pop("texts", 3)
     world = World(**world_args)
     rids = [f"r{i}" for i in range(len(requests))]
     for i, (rid, (prompt, max_new)) in enumerate(zip(rids, requests)):
-        world.submit(rid, worker=i % world.worker_count, prompt=prompt, max_new=max_new)
+        world.submit(
+            rid,
+            worker=i % world.worker_count,
+            prompt=prompt,
+            max_new=max_new,
+            text=f"text {i % texts}",
+        )
     for kind, operand in zip(schedule[::2], schedule[1::2]):
         perform(world, KINDS[kind % len(KINDS)], operand, rids)
         world.check()
@@ -1024,6 +1138,11 @@ def run_schedule(
             assert rid in world.aborts
     for worker in world.workers:
         assert not worker.manager._building, "a build is still expected"
+    for result in world.results:
+        if result.outcome == COMPLETED:
+            assert result.tokens_sent + result.tokens_saved == result.tokens, result
+        else:
+            assert result.tokens_saved == 0, result
     return world
 
 

@@ -243,19 +243,20 @@ def test_it_enters_with_the_counters_the_client_knows(
 ) -> None:
     req, other = built(scheduler, resumed), new_req()
     resumed.take_built(req)
-    assert resumed.entering([other]) == []
+    resumed.note_entering([other])
     kv_arrives(req)
     req.cached_tokens, req.reasoning_tokens = 10, 0  # what the second prefill found
-    assert resumed.entering([other, req]) == [req]
+    resumed.note_entering([other, req])
     assert (req.cached_tokens, req.reasoning_tokens) == (6, 3)
-    assert resumed.entering([req]) == [] and not resumed._waiting
+    assert not resumed._waiting
 
 
 def test_one_that_ends_while_it_waits_is_let_go(scheduler: Any, resumed: ResumedRequests) -> None:
     req = built(scheduler, resumed)
     resumed.take_built(req)
     req.finished_reason = FINISH_ABORT("Decode transfer failed")
-    assert resumed.entering([]) == [] and not resumed._waiting
+    resumed.note_entering([])
+    assert not resumed._waiting
 
 
 @pytest.mark.parametrize("where", ["to_finish", "finished_reason"])
@@ -277,4 +278,5 @@ def test_finished_and_entering_at_once(scheduler: Any, resumed: ResumedRequests)
     resumed.take_built(req)
     kv_arrives(req)
     req.finished_reason = FINISH_LENGTH(len(OUTPUT))
-    assert resumed.entering([req]) == [req] and not resumed._waiting
+    resumed.note_entering([req])
+    assert not resumed._waiting

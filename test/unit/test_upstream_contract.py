@@ -92,8 +92,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("utils.auth", "AuthLevel.ADMIN_OPTIONAL", (), "admin_api.py"),
     ("utils.auth", "auth_level", ("level",), "admin_api.py"),
     ("utils", "kill_process_tree", ("parent_pid", "include_parent"), "launch_server.py"),
-    ("utils", "broadcast_pyobj", ("data", "rank", "dist_group", "src"), "scheduler.py"),
     ("utils.network", "get_free_port", (), "cluster.py"),
+    ("utils.network", "get_local_ip_auto", ("fallback",), "control_plane.py"),
     ("utils.network", "get_zmq_socket", ("context", "socket_type", "endpoint", "bind"),
      "controller.py"),
     ("utils.server_args_config_parser", "ConfigArgumentMerger", ("parser",), "launch_server.py"),
@@ -109,7 +109,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("server_args", "ServerArgs.add_cli_args", ("parser",), "launch_server.py"),
     ("server_args", "ServerArgs.from_cli_args", ("args",), "launch_server.py"),
     ("server_args", "ServerArgs.resolve_once", (), "worker_process.py"),
-    ("server_args", "PortArgs.init_new", ("server_args",), "cluster.py"),
+    ("server_args", "PortArgs.init_new", ("server_args",), "control_plane.py"),
     ("arg_groups.arg_utils", "record_fields", ("cls",), "platforms/cpu.py"),
     ("runtime_context", "get_parallel", (), "scheduler.py"),
     ("runtime_context", "get_observability", (), "load_snapshots.py"),
@@ -146,6 +146,12 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.scheduler", "Scheduler", ("server_args", "port_args"), "scheduler.py"),
     ("managers.scheduler", "Scheduler.init_ipc_channels", ("port_args",), "scheduler.py"),
     ("managers.scheduler", "Scheduler.init_idle_sleeper", (), "scheduler.py"),
+    ("managers.scheduler", "Scheduler.init_request_receiver", (), "scheduler.py"),
+    ("managers.scheduler_components.request_receiver", "SchedulerRequestReceiver", (),
+     "control_intake.py"),
+    ("managers.scheduler_components.request_receiver",
+     "SchedulerRequestReceiver._broadcast_reqs_across_ranks", ("recv_reqs", "local_reqs"),
+     "control_intake.py"),
     ("managers.scheduler", "Scheduler.init_disaggregation", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.get_output_streamer_class", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.ingest_requests", (), "scheduler.py"),
@@ -181,6 +187,10 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.io_struct", "TokenizedGenerateReqInput",
      (*request_state._SPEC_FIELDS, "input_ids", "input_embeds", "mm_inputs", "token_type_ids",
       "bootstrap_host", "bootstrap_port", "bootstrap_room"), "request_state.py"),
+    ("sampling.sampling_params", "SamplingParams.verify", ("self", "vocab_size"), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_COUNT", (), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_REGEX_COUNT", (), "checks.py"),
+    ("sampling.sampling_params", "MAX_STOP_REGEX_LEN", (), "checks.py"),
     ("sampling.sampling_params", "SamplingParams",
      ("max_new_tokens", "sampling_seed", "beam_width", "n"), "request_state.py"),
     ("observability.req_time_stats", "SchedulerReqTimeStats.set_wait_queue_entry_time", (),
@@ -201,9 +211,20 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("mem_cache.allocator", "PagedTokenToKVPoolAllocator", (), "platforms/cpu.py"),
     ("mem_cache.memory_pool", "MHATokenToKVPool", (), "platforms/cpu.py"),
     ("mem_cache.base_prefix_cache", "BasePrefixCache.evictable_size", (), "worker_agent.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.protected_size", (), "worker_agent.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.unpin", ("req",), "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "BasePrefixCache.inc_lock_ref", ("node",),
+     "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "IncLockRefResult.to_dec_params", (), "migration_host.py"),
+    ("mem_cache.base_prefix_cache", "MatchResult", ("device_indices", "last_device_node"),
+     "migration_host.py"),
+    ("managers.schedule_policy", "match_prefix_for_req",
+     ("tree_cache", "req", "token_ids", "include_req"), "migration_host.py"),
+    ("runtime_context", "get_disagg", (), "migration_host.py"),
     ("configs.model_config", "ModelConfig.get_total_num_kv_heads", (), "kv_link.py"),
     # --- KV transfer -------------------------------------------------------------------------
-    ("disaggregation.decode", "DecodePreallocQueue._pre_alloc", ("req",), "migration_host.py"),
+    ("disaggregation.decode", "DecodePreallocQueue._pre_alloc",
+     ("req", "prefix_indices", "prefix_len"), "migration_host.py"),
     ("disaggregation.decode", "DecodePreallocQueue._allocatable_token_budgets",
      ("count_retracted", "extra_reserved_reqs"), "migration_host.py"),
     ("disaggregation.decode", "DecodePreallocQueue.add", ("req", "is_rebootstrap"), "resume.py"),
@@ -288,6 +309,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang.srt.managers.scheduler.Scheduler",
         (
             "__init__", "init_ipc_channels", "init_idle_sleeper", "init_disaggregation",
+            "init_request_receiver",
             "get_output_streamer_class", "ingest_requests", "process_decode_queue",
             "process_batch_result", "on_idle", "is_fully_idle", "handle_generate_request",
             "_add_request_to_queue", "abort_request", "_get_new_prebuilt_batch",
@@ -302,7 +324,8 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang_ares.engine",
         "sglang.srt.entrypoints.engine.Engine",
         (
-            "__init__", "_launch_scheduler_processes", "shutdown", "init_tokenizer_manager_func",
+            "__init__", "_launch_subprocesses", "_launch_scheduler_processes", "shutdown",
+            "init_tokenizer_manager_func",
         ),
     ),
     "AresTokenizerManager": (
@@ -329,6 +352,11 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang_ares.srt.managers.detokenizer_manager",
         "sglang.srt.managers.detokenizer_manager.DetokenizerManager",
         ("init_running_status", "event_loop", "handle_batch_token_id_out"),
+    ),
+    "ControlRequestReceiver": (
+        "sglang_ares.srt.managers.control_intake",
+        "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver",
+        ("__init__", "_broadcast_reqs_across_ranks"),
     ),
     "WorkerLoadWriter": (
         "sglang_ares.srt.managers.load_snapshots",
@@ -392,12 +420,22 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self.idle_sleeper": ("managers.scheduler_components.idle_sleeper.IdleSleeper",),
     "self.grammar_manager": ("constrained.grammar_manager.GrammarManager",),
     "scheduler.model_config": ("configs.model_config.ModelConfig",),
+    "scheduler.tp_worker": ("managers.tp_worker.TpModelWorker",),
+    "scheduler.tp_worker.model_runner": ("model_executor.model_runner.ModelRunner",),
+    "adapters": ("lora.lora_manager.LoRAManager",),
     "scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "tree": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "self._scheduler.tree_cache": ("mem_cache.base_prefix_cache.BasePrefixCache",),
+    "match": ("mem_cache.base_prefix_cache.MatchResult",),
+    "lock": ("mem_cache.base_prefix_cache.IncLockRefResult",),
     "scheduler.req_to_token_pool": (ROWS,),
     "self._scheduler.req_to_token_pool": (ROWS,),
     "scheduler.token_to_kv_pool_allocator": (ALLOCATOR,),
     "allocator": (ALLOCATOR,),
-    "pool": ("mem_cache.memory_pool.MHATokenToKVPool",),
+    "pool": (
+        "mem_cache.memory_pool.MHATokenToKVPool",
+        "mem_cache.memory_pool.MLATokenToKVPool",
+    ),
     "scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.req_to_metadata_buffer_idx_allocator": (METADATA_SLOTS,),
     "self._scheduler.disagg_metadata_buffers": ("disaggregation.utils.MetadataBuffers",),
@@ -432,6 +470,7 @@ HOLDS: dict[str, tuple[str, ...]] = {
 BAGS = {
     "get_parallel()": "arg_groups.fields.parallel",
     "get_observability()": "arg_groups.fields.observability",
+    "get_disagg()": "arg_groups.fields.disagg",
 }
 # Expressions that start like one of the above and hold something of ours or of Python.
 NOT_UPSTREAMS = {
@@ -442,8 +481,8 @@ NOT_UPSTREAMS = {
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.
 OURS = {
-    "server_args": {"_ares_args", "_ares_runtime_dir"},
-    "self.server_args": {"_ares_args", "_ares_runtime_dir"},
+    "server_args": {"_ares_args", "_ares_control"},
+    "self.server_args": {"_ares_args", "_ares_control"},
 }
 # Attributes that upstream sets on an object outside its class, and the module that reads them.
 SET_ELSEWHERE = {

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang_ares.srt.disaggregation.budgets import BandwidthBudget, InboundMemory
 from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.migration import (
     REFUSED,
@@ -13,6 +14,7 @@ from sglang_ares.srt.disaggregation.migration import (
     MigrationLimits,
     TargetState,
 )
+from sglang_ares.srt.disaggregation.rank_agreement import TransitionDigest
 from sglang_ares.srt.disaggregation.source import SourceHost, SourceMigration
 from sglang_ares.srt.disaggregation.target import TargetHost, TargetMigration
 from sglang_ares.srt.managers.io_struct import (
@@ -31,6 +33,7 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     TransferFailed,
 )
+from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -43,7 +46,14 @@ _REMEMBERED = 4096
 
 
 class MigrationHost(SourceHost, TargetHost, Protocol):
-    """Both sides' demands on the scheduler, and the ones of the manager itself."""
+    """Both sides' demands on the scheduler, and the ones of the manager itself.
+
+    ``speaks``: whether this is the tensor-parallel rank whose messages are sent.
+    """
+
+    speaks: bool
+
+    kv_capacity: int
 
     def find_running(self, rid: str) -> tuple[Req, TokenizedGenerateReqInput] | None:
         """A request that decodes here, and what the front sent for it."""
@@ -84,11 +94,16 @@ class MigrationManager:
         # Messages to migrations that an injected fault holds.
         self._postponed: list[Message] = []
         self._limits = limits
+        pages_per_s = 1e6 * limits.bandwidth_mb_s / host.link.page_bytes
+        self._bandwidth = BandwidthBudget(pages_per_s)
+        self._memory = InboundMemory(int(limits.memory_share * host.kv_capacity))
         self._peers: dict[int, Peer] = {}
         self.outbound: dict[int, SourceMigration] = {}
         self.inbound: dict[int, TargetMigration] = {}
         self._building: dict[int, TargetMigration] = {}
-        self._committed: OrderedDict[int, str] = OrderedDict()
+        # Migration id -> the request and where it came from.
+        self._committed: OrderedDict[int, tuple[str, int]] = OrderedDict()
+        self.digest = TransitionDigest()
 
     # --- what the scheduler asks ------------------------------------------------------------
 
@@ -96,6 +111,11 @@ class MigrationManager:
     def active(self) -> bool:
         """Whether any memory or buffer is held for a migration."""
         return bool(self.outbound or self.inbound)
+
+    @property
+    def reserved_inbound(self) -> int:
+        """KV tokens that inbound migrations hold reserved."""
+        return self._memory.held_tokens
 
     def is_moving(self, rid: str) -> bool:
         """Whether the request is on its way out."""
@@ -130,7 +150,11 @@ class MigrationManager:
         migration = self._building.pop(req.bootstrap_room, None)
         if migration is None:
             return False
-        migration.on_built(req, now)
+        try:
+            migration.on_built(req, now)
+        except Exception as error:
+            self._host.dropped.count(f"{req.rid} could not be taken in", error=error)
+            migration.on_fault("internal error at the target", now)
         self._drop_if_final(migration)
         return True
 
@@ -168,33 +192,49 @@ class MigrationManager:
 
     # --- messages ---------------------------------------------------------------------------
 
+    def receive(self, message: Message, now: float) -> None:
+        """A message of the controller or a peer. Whatever goes wrong with it ends the migration
+        it is about, and nothing else."""
+        try:
+            if isinstance(message, StartMigration):
+                self.start(message, now)
+            else:
+                self.handle(message, now)
+        except Exception as error:
+            self._host.dropped.count(f"{type(message).__name__} could not be handled", error=error)
+            try:
+                self._end_faulty(message, now)
+            except Exception:
+                logger.exception("and its migration could not be ended in order")
+
+    def _end_faulty(self, message: Any, now: float) -> None:
+        migration_id = message.migration_id
+        outbound, inbound = self.outbound.get(migration_id), self.inbound.get(migration_id)
+        if isinstance(message, StartMigration) and outbound is None:
+            self._refuse_to_start(message, "internal error at the source")
+        elif isinstance(message, (Accept, Refuse, Committed, Cancelled, TransferFailed)):
+            if outbound is not None:
+                outbound.on_fault("internal error at the source", now)
+        elif inbound is not None:
+            inbound.on_fault("internal error at the target", now)
+            self._drop_if_final(inbound)
+
     def start(self, command: StartMigration, now: float) -> None:
         """Begin a migration, or report at once why not."""
+        if command.migration_id in self.outbound:
+            self._host.dropped.count(f"StartMigration {command.migration_id} is repeated")
+            return
         found = self._host.find_running(command.rid)
         reason = self._why_not(command, found)
-        if reason is not None or found is None:
-            self._report(
-                MigrationResult(
-                    migration_id=command.migration_id,
-                    rid=command.rid,
-                    source=self._host.worker_id,
-                    target=command.target,
-                    outcome=REFUSED,
-                    reason=reason or "not running",
-                    tokens=0,
-                    kv_bytes=0,
-                    duration_s=0.0,
-                )
-            )
+        headroom = self._headroom(found[0]) if found is not None else None
+        if reason is not None or found is None or headroom is None:
+            self._refuse_to_start(command, reason or "bandwidth budget used up")
             return
         req, recv_req = found
-        headroom = min(
-            self._limits.headroom_tokens,
-            req.sampling_params.max_new_tokens - len(req.output_ids) + 2,
-        )
         migration = SourceMigration(
             self._host,
             self._limits,
+            self._bandwidth,
             command.migration_id,
             command.target,
             req,
@@ -206,6 +246,41 @@ class MigrationManager:
         self.outbound[command.migration_id] = migration
         self._expose("source", migration.record)
 
+    def _headroom(self, req: Req) -> int | None:
+        """How many tokens the request may write while it is copied: one a step, and every chunk
+        takes a step or two, and the bandwidth budget more, for it and for those before it. None
+        if at this rate the copy would never catch up with the requests on their way out."""
+        tokens = req.kv.kv_committed_len
+        headroom = self._limits.headroom_tokens + 2 * (tokens // self._limits.chunk_tokens)
+        step_s = self._host.decode_step_s()
+        if step_s > 0:
+            page = self._host.link.page_size
+            others = [m for m in self.outbound.values() if not m.record.final]
+            queued = tokens + sum(m.tokens_to_send for m in others)
+            growth = (len(others) + 1) / step_s
+            seconds = self._bandwidth.seconds_for(queued / page, growth / page)
+            if seconds is None:
+                return None
+            headroom += int(seconds / step_s)
+        return min(headroom, req.sampling_params.max_new_tokens - len(req.output_ids) + 2)
+
+    def _refuse_to_start(self, command: StartMigration, reason: str) -> None:
+        self._report(
+            MigrationResult(
+                migration_id=command.migration_id,
+                rid=command.rid,
+                source=self._host.worker_id,
+                target=command.target,
+                outcome=REFUSED,
+                reason=reason,
+                tokens=0,
+                tokens_sent=0,
+                tokens_saved=0,
+                kv_bytes=0,
+                duration_s=0.0,
+            )
+        )
+
     def _why_not(
         self,
         command: StartMigration,
@@ -213,12 +288,16 @@ class MigrationManager:
     ) -> str | None:
         if command.target not in self._peers:
             return "unknown target"
+        if self._peers[command.target].role != DECODE:
+            return "the target does not decode"
         if command.target == self._host.worker_id:
             return "already here"
         if found is None:
             return "not running"
         if self.is_moving(command.rid):
             return "already moving"
+        if sum(not m.record.final for m in self.outbound.values()) >= self._limits.max_outbound:
+            return "too many migrations outbound"
         return self._host.immovable(*found)
 
     def handle(self, message: Message, now: float) -> None:
@@ -231,14 +310,21 @@ class MigrationManager:
             case Accept() | Refuse() | Committed() | Cancelled() | TransferFailed():
                 self._to_source(message, now)
             case _:
-                logger.warning("dropped an unexpected %s", type(message).__name__)
+                self._host.dropped.count(f"{type(message).__name__} is not for this worker")
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         source = self._peers.get(offer.source)
-        if source is None or offer.migration_id in self.inbound:
-            logger.warning("dropped an offer of worker %d: unknown, or repeated", offer.source)
+        if source is None or source.role != DECODE or offer.source == self._host.worker_id:
+            self._host.dropped.count(f"Offer of worker {offer.source}, which cannot offer")
             return
-        migration = TargetMigration(self._host, self._limits, offer, source, now)
+        if (
+            offer.migration_id in self.inbound
+            or offer.migration_id in self._committed
+            or any(m.record.room == offer.room for m in self.inbound.values())
+        ):
+            self._host.dropped.count(f"Offer {offer.migration_id} is repeated, or its room is")
+            return
+        migration = TargetMigration(self._host, self._limits, self._memory, offer, source, now)
         self.inbound[offer.migration_id] = migration
         self._expose("target", migration.record)
         self._building[offer.room] = migration
@@ -248,10 +334,14 @@ class MigrationManager:
         self._drop_if_final(migration)
 
     def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
-        if message.source not in self._peers:
-            logger.warning("dropped a message of unknown worker %d", message.source)
-            return
         migration = self.inbound.get(message.migration_id)
+        known = self._committed.get(message.migration_id)
+        source = migration.record.source if migration else known[1] if known else None
+        if message.source not in self._peers or source not in (message.source, None):
+            self._host.dropped.count(
+                f"{type(message).__name__} of worker {message.source}: not its migration"
+            )
+            return
         if migration is not None and self._held(migration.record):
             self._postponed.append(message)
         elif migration is not None:
@@ -262,8 +352,8 @@ class MigrationManager:
             else:
                 migration.on_forward_abort()
             self._drop_if_final(migration)
-        elif message.migration_id in self._committed:
-            self._after_commit(message)
+        elif known is not None:
+            self._after_commit(message, known[0])
         elif isinstance(message, Commit):
             # Given up here before: make the source take the request back.
             self._host.send(
@@ -280,9 +370,9 @@ class MigrationManager:
                 Cancelled(migration_id=message.migration_id, worker_id=self._host.worker_id),
             )
 
-    def _after_commit(self, message: Commit | Cancel | ForwardAbort) -> None:
+    def _after_commit(self, message: Commit | Cancel | ForwardAbort, rid: str) -> None:
         if isinstance(message, ForwardAbort):
-            self._host.abort_here(self._committed[message.migration_id])
+            self._host.abort_here(rid)
         else:
             self._host.send(
                 message.source,
@@ -295,15 +385,23 @@ class MigrationManager:
         now: float,
     ) -> None:
         migration = self.outbound.get(message.migration_id)
+        if message.worker_id not in self._peers or (
+            migration is not None and message.worker_id != migration.record.target
+        ):
+            self._host.dropped.count(
+                f"{type(message).__name__} of worker {message.worker_id}: not its migration"
+            )
+            return
+        if migration is None and isinstance(message, (Accept, TransferFailed)):
+            self._disown(message)
         if migration is None or migration.record.final:
-            self._answer_stray(message)
             return
         if self._held(migration.record):
             self._postponed.append(message)
             return
         match message:
             case Accept():
-                migration.on_accept(message.prefix_tokens)
+                migration.on_accept(message)
             case Refuse():
                 migration.on_refuse(message.reason, now)
             case Committed():
@@ -314,18 +412,17 @@ class MigrationManager:
                 migration.on_transfer_failed(message.reason, now)
         self._report_if_final(migration, now)
 
-    def _answer_stray(self, message: Message) -> None:
-        """A target that waits for a migration unknown here, because this worker was restarted or
-        has given it up, may let go: no byte of it is in flight."""
-        if isinstance(message, Accept | TransferFailed):
-            self._host.send(
-                message.worker_id,
-                Cancel(
-                    migration_id=message.migration_id,
-                    source=self._host.worker_id,
-                    reason="migration unknown at the source",
-                ),
-            )
+    def _disown(self, message: Accept | TransferFailed) -> None:
+        """The peer holds memory for a migration that is none of ours: let it go."""
+        logger.debug("worker %d: migration %d unknown", message.worker_id, message.migration_id)
+        self._host.send(
+            message.worker_id,
+            Cancel(
+                migration_id=message.migration_id,
+                source=self._host.worker_id,
+                reason="migration unknown at the source",
+            ),
+        )
 
     # --- time -------------------------------------------------------------------------------
 
@@ -345,7 +442,7 @@ class MigrationManager:
             if self._held(source.record):
                 continue
             was_final = source.record.final
-            source.tick(now, states[2 * i], states[2 * i + 1])
+            self._tick(source, now, states[2 * i], states[2 * i + 1])
             if not was_final:
                 self._report_if_final(source, now)
             if source.closed:
@@ -354,8 +451,16 @@ class MigrationManager:
         for target in inbound:
             if self._held(target.record):
                 continue
-            target.tick(now, polls.get(id(target)))
+            self._tick(target, now, polls.get(id(target)))
             self._drop_if_final(target)
+
+    def _tick(self, migration: SourceMigration | TargetMigration, now: float, *polls: Any) -> None:
+        try:
+            migration.tick(now, *polls)
+        except Exception as error:
+            what = f"migration {migration.record.migration_id} in {migration.record.state.value}"
+            self._host.dropped.count(f"{what} failed", error=error)
+            migration.on_fault("internal error", now)
 
     # --- endings ----------------------------------------------------------------------------
 
@@ -363,6 +468,7 @@ class MigrationManager:
         record = migration.record
         if not record.final:
             return
+        self.digest.add(record)
         self._report(
             MigrationResult(
                 migration_id=record.migration_id,
@@ -372,20 +478,26 @@ class MigrationManager:
                 outcome=record.outcome,
                 reason=record.reason,
                 tokens=record.tokens,
+                tokens_sent=record.tokens_sent,
+                tokens_saved=record.tokens_saved,
                 kv_bytes=migration.kv_bytes,
                 duration_s=now - record.started_at,
             )
         )
 
     def _report(self, result: MigrationResult) -> None:
-        """One line in the log, and the controller."""
-        logger.info(
-            "migration %d rid=%s from=%d to=%d tokens=%d bytes=%d ms=%.1f outcome=%s%s",
+        """One line in the log of rank 0, and the controller."""
+        logger.log(
+            logging.INFO if self._host.speaks else logging.DEBUG,
+            "migration %d rid=%s from=%d to=%d tokens=%d sent=%d saved=%d bytes=%d ms=%.1f "
+            "outcome=%s%s",
             result.migration_id,
             result.rid,
             result.source,
             result.target,
             result.tokens,
+            result.tokens_sent,
+            result.tokens_saved,
             result.kv_bytes,
             1e3 * result.duration_s,
             result.outcome,
@@ -397,7 +509,9 @@ class MigrationManager:
         record = migration.record
         if not record.final:
             return
-        self.inbound.pop(record.migration_id, None)
+        if self.inbound.pop(record.migration_id, None) is None:
+            return
+        self.digest.add(record)
         if record.state is TargetState.RELEASED:
             self._host.forget(record.rid)
         if record.state is TargetState.COMMITTED:
@@ -408,6 +522,6 @@ class MigrationManager:
                     worker_id=self._host.worker_id,
                 )
             )
-            self._committed[record.migration_id] = record.rid
+            self._committed[record.migration_id] = (record.rid, record.source)
             while len(self._committed) > _REMEMBERED:
                 self._committed.popitem(last=False)

@@ -94,19 +94,35 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class MigrationLimits:
-    """``timeout_s``: longest stay in one state. ``headroom_tokens``: how far the request may
-    grow while it is copied. ``final_tokens``: hand over once at most this much is left to send.
+    """``timeout_s``: longest stay in one state, in COPYING without progress. ``headroom_tokens``:
+    how far the request may grow while it is copied, at least. ``final_tokens``: hand over once at
+    most this much is left to send. ``chunk_tokens``: most tokens sent in one piece.
+    ``max_inbound``, ``max_outbound``: most migrations at once. ``bandwidth_mb_s``: 10^6 bytes of KV
+    per second that a worker may send for migrations, 0 for any. ``memory_share``: largest share of
+    the KV pool that inbound migrations may hold reserved. ``live_copy``: copy while the request
+    decodes; without, it stops first (for measurements). ``kv_checksum``: send a checksum of the KV
+    along.
     """
 
     timeout_s: float
     headroom_tokens: int = 64
     final_tokens: int = 16
+    chunk_tokens: int = 2048
     max_inbound: int = 8
+    max_outbound: int = 8
+    bandwidth_mb_s: float = 0.0
+    memory_share: float = 0.5
+    live_copy: bool = True
+    kv_checksum: bool = False
 
 
 @dataclass
 class Migration:
-    """One move as one side sees it. Times are that side's monotonic seconds."""
+    """One move as one side sees it. Times are monotonic seconds of that side's rank 0.
+
+    ``tokens``: what the request holds; of these, ``tokens_sent`` went over and ``tokens_saved``
+    were in the target's cache already.
+    """
 
     migration_id: int
     rid: str
@@ -117,9 +133,11 @@ class Migration:
     state: SourceState | TargetState
     deadline: float
     tokens: int = 0
+    tokens_sent: int = 0
+    tokens_saved: int = 0
     outcome: str = ""
     reason: str = ""
-    history: list[str] = field(default_factory=list)
+    history: list[tuple[str, float]] = field(default_factory=list)
     # Called after every transition.
     on_enter: Callable[[Migration], None] | None = None
 
@@ -135,19 +153,24 @@ class Migration:
                 f"migration {self.migration_id}: no transition {self.state.value} → {state.value}"
             )
         logger.debug(
-            "migration %d rid=%s %d→%d: %s → %s",
+            "migration %d rid=%s %d→%d: %s → %s at %.6f",
             self.migration_id,
             self.rid,
             self.source,
             self.target,
             self.state.value,
             state.value,
+            now,
         )
-        self.history.append(state.value)
+        self.history.append((state.value, now))
         self.state = state
-        self.deadline = now + timeout_s
+        self.extend_deadline(now, timeout_s)
         if self.on_enter is not None:
             self.on_enter(self)
+
+    def extend_deadline(self, now: float, timeout_s: float) -> None:
+        """There was progress within the state."""
+        self.deadline = now + timeout_s
 
     @property
     def final(self) -> bool:

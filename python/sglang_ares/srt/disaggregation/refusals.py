@@ -39,13 +39,6 @@ CLUSTER: tuple[Refusal, ...] = (
         lambda a: a.pp_size > 1,
     ),
     Refusal(
-        "tensor_parallel",
-        "--tp-size > 1",
-        "The ranks of a worker do not act on a migration in the same step yet.",
-        "Use models that fit one device, and more workers: --ares-decode-workers.",
-        lambda a: a.tp_size > 1,
-    ),
-    Refusal(
         "data_parallel",
         "--dp-size > 1, --enable-dp-attention",
         "Ranks of one worker would own different requests.",

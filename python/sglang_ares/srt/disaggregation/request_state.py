@@ -9,45 +9,19 @@ the grammar by replaying the output, the penalties from the output's token count
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.security.bounds import Address, Count, Label, Rid, TokenId
+
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req
 
-# Attributes of upstream's Req that are plain values and move as they are.
-_PLAIN_ATTRIBUTES = (
-    # incremental detokenizer and streaming position
-    "surr_offset",
-    "read_offset",
-    "decoded_text",
-    "send_token_offset",
-    "send_decode_id_offset",
-    "send_output_token_logprobs_offset",
-    # usage
-    "cached_tokens",
-    "cached_tokens_device",
-    "cached_tokens_host",
-    "cached_tokens_storage",
-    "reasoning_tokens",
-    "retraction_count",
-    "retracted_stain",
-    # reasoning
-    "_is_reasoning_over",
-    "_think_end_match_len",
-)
-_LOGPROB_ATTRIBUTES = (
-    "output_token_logprobs_val",
-    "output_token_logprobs_idx",
-    "output_top_logprobs_val",
-    "output_top_logprobs_idx",
-    "output_token_ids_logprobs_val",
-    "output_token_ids_logprobs_idx",
-)
 # Fields of the tokenized request that move as they are.
 _SPEC_FIELDS = (
     "rid",
@@ -73,33 +47,72 @@ _SPEC_FIELDS = (
 class RequestSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The request as the front sent it. ``input_ids``: the prompt, little-endian int32."""
 
-    rid: str
-    http_worker_ipc: str | None
+    rid: Rid
+    http_worker_ipc: Address | None
     input_text: str | None
     input_ids: bytes
     sampling_params: SamplingParams
     return_logprob: bool
     logprob_start_len: int
-    top_logprobs_num: int
-    token_ids_logprob: list[int] | None
+    top_logprobs_num: Count
+    token_ids_logprob: list[TokenId] | None
     stream: bool
     return_flat_raw_top_logprobs: bool
-    lora_id: str | None
-    routing_key: str | None
+    lora_id: Label | None
+    routing_key: Label | None
     require_reasoning: bool
     priority: int | None
-    extra_key: str | None
-    cache_salt: str | None
+    extra_key: Label | None
+    cache_salt: Label | None
     no_logs: bool
 
 
+class PlainState(msgspec.Struct, frozen=True, kw_only=True):
+    """Attributes of upstream's ``Req`` that are plain values and move as they are."""
+
+    # incremental detokenizer and streaming position
+    surr_offset: Count | None
+    read_offset: Count | None
+    decoded_text: str
+    send_token_offset: Count
+    send_decode_id_offset: Count
+    send_output_token_logprobs_offset: Count
+    # usage
+    cached_tokens: Count
+    cached_tokens_device: Count
+    cached_tokens_host: Count
+    cached_tokens_storage: Count
+    reasoning_tokens: Count
+    retraction_count: Count
+    retracted_stain: bool
+    # reasoning
+    _is_reasoning_over: bool
+    _think_end_match_len: Count
+
+
+class LogprobState(msgspec.Struct, frozen=True, kw_only=True):
+    """The log-probabilities of the output so far, as upstream's ``ReqLogprob`` holds them."""
+
+    output_token_logprobs_val: list[float] | None
+    output_token_logprobs_idx: list[TokenId] | None
+    output_top_logprobs_val: list[list[float] | None] | None
+    output_top_logprobs_idx: list[list[TokenId] | None] | None
+    output_token_ids_logprobs_val: list[list[float] | None] | None
+    output_token_ids_logprobs_idx: list[list[TokenId] | None] | None
+
+
 class RequestState(msgspec.Struct, frozen=True, kw_only=True):
-    """The request's state at hand-over. ``output_ids``: all output, little-endian int32."""
+    """The request's state at hand-over. ``output_ids``: all output, little-endian int32;
+    ``detokenized``: output tokens the detokenizer has been given."""
 
     output_ids: bytes
-    plain: dict[str, int | bool | str | None]
-    detokenized: int | None
-    logprobs: dict[str, list[Any] | None]
+    plain: PlainState
+    detokenized: Count | None
+    logprobs: LogprobState
+
+
+_PLAIN_ATTRIBUTES = PlainState.__struct_fields__
+_LOGPROB_ATTRIBUTES = LogprobState.__struct_fields__
 
 
 def pack_ids(ids: Any) -> bytes:
@@ -165,27 +178,35 @@ def capture(req: Req) -> RequestState:
     """The state of a request that has stopped between two steps."""
     return RequestState(
         output_ids=pack_ids(req.output_ids),
-        plain={name: getattr(req, name) for name in _PLAIN_ATTRIBUTES},
+        plain=PlainState(**{name: getattr(req, name) for name in _PLAIN_ATTRIBUTES}),
         detokenized=getattr(req, "cur_decode_ids_len", None),
-        logprobs={name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES},
+        logprobs=LogprobState(
+            **{name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES}
+        ),
     )
 
 
-def restore(req: Req, state: RequestState) -> None:
-    """Put ``state`` on a request that was built from its specification."""
+def replay(req: Req, output_ids: Sequence[int]) -> None:
+    """Bring the request's grammar past these tokens of its output."""
+    if req.grammar is not None:
+        for token in output_ids:
+            req.grammar.accept_token(token)
+
+
+def restore(req: Req, state: RequestState, replayed: int = 0) -> None:
+    """Put ``state`` on a request that was built from its specification, and whose grammar has seen
+    the first ``replayed`` tokens of the output."""
     req.output_ids = unpack_ids(state.output_ids)
     for name in _PLAIN_ATTRIBUTES:
-        setattr(req, name, state.plain[name])
+        setattr(req, name, getattr(state.plain, name))
     if req.surr_offset is not None and state.detokenized is not None:
         req.cur_decode_ids_len = state.detokenized
         req.surr_and_decode_ids = (
             req.origin_input_ids_unpadded[req.surr_offset :] + req.output_ids[: state.detokenized]
         )
-    for name, values in state.logprobs.items():
-        setattr(req.logprob, name, values)
-    if req.grammar is not None:
-        for token in req.output_ids:
-            req.grammar.accept_token(token)
+    for name in _LOGPROB_ATTRIBUTES:
+        setattr(req.logprob, name, getattr(state.logprobs, name))
+    replay(req, req.output_ids[replayed:])
     # Upstream adds a cached prefix to `cached_tokens` unless it was counted already.
     req.already_computed = req.seqlen
     req.pd_rebootstrap_in_progress = False

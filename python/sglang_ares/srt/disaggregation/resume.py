@@ -68,17 +68,16 @@ class ResumedRequests:
         queue.add(req, is_rebootstrap=True)
         return True
 
-    def entering(self, reqs: Sequence[Req]) -> list[Req]:
-        """Those of ``reqs`` that have their KV now. Their counters are what the client was told,
-        not what the second prefill found in its cache."""
-        arrived = [w for w in self._waiting if any(w.req is r for r in reqs)]
-        for waiting in arrived:
-            waiting.req.cached_tokens = waiting.message.cached_tokens
-            waiting.req.reasoning_tokens = waiting.message.reasoning_tokens
+    def note_entering(self, reqs: Sequence[Req]) -> None:
+        """A batch is entered by ``reqs``. The counters of those that were resumed are what the
+        client was told, not what the second prefill found in its cache."""
+        for waiting in self._waiting:
+            if any(waiting.req is r for r in reqs):
+                waiting.req.cached_tokens = waiting.message.cached_tokens
+                waiting.req.reasoning_tokens = waiting.message.reasoning_tokens
         self._waiting = [
             w for w in self._waiting if not w.req.finished() and not any(w.req is r for r in reqs)
         ]
-        return [w.req for w in arrived]
 
 
 def _already_dispatched(kv_receiver: Any, payload: dict[str, Any]) -> None:

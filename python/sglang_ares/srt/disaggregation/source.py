@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import accept_fault
+from sglang_ares.srt.disaggregation.kv_link import drained
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -17,12 +19,21 @@ from sglang_ares.srt.disaggregation.migration import (
     SourceState,
 )
 from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, spec_of
-from sglang_ares.srt.managers.io_struct import Cancel, Commit, ForwardAbort, Message, Offer
+from sglang_ares.srt.managers.io_struct import (
+    Accept,
+    Cancel,
+    Commit,
+    ForwardAbort,
+    Message,
+    Offer,
+)
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ares.srt.disaggregation.budgets import BandwidthBudget
     from sglang_ares.srt.disaggregation.faults import FaultInjector
     from sglang_ares.srt.disaggregation.kv_link import KvLink
 
@@ -32,6 +43,7 @@ class SourceHost(Protocol):
 
     worker_id: int
     link: KvLink
+    dropped: DroppedFrames
 
     def is_running(self, req: Req) -> bool:
         """Whether the request decodes here."""
@@ -77,6 +89,10 @@ class SourceHost(Protocol):
         """Send to a peer."""
         ...
 
+    def decode_step_s(self) -> float:
+        """How long a decode step takes here at present; 0 if there was none."""
+        ...
+
     def wall_clock(self) -> float:
         """Seconds since the epoch."""
         ...
@@ -93,6 +109,7 @@ class SourceMigration:
         self,
         host: SourceHost,
         limits: MigrationLimits,
+        bandwidth: BandwidthBudget,
         migration_id: int,
         target: int,
         req: Req,
@@ -102,6 +119,7 @@ class SourceMigration:
     ) -> None:
         self._host = host
         self._limits = limits
+        self._bandwidth = bandwidth
         self.req = req
         # The same on every rank, different for every migration of every worker.
         room = random.Random(f"{host.worker_id}-{migration_id}").getrandbits(62)
@@ -120,10 +138,13 @@ class SourceMigration:
         self._progress = host.link.copied(room)
         self._metadata_slot: int | None = None
         self._accepted = False
+        # The target holds everything before: found there, or sent.
         self._sent_tokens = 0
+        self._prefix_tokens = 0
         self._chunk_in_flight = False
         self._reserved_tokens = req.kv.kv_committed_len + headroom
         self._stopped = False
+        self._stopped_at: float | None = None
         self._cancel_sent = False
         self._aborted_by_client = False
         self._sender_closed = False
@@ -156,20 +177,34 @@ class SourceMigration:
         return self.record.final and self._sender_closed
 
     @property
+    def tokens_to_send(self) -> int:
+        """At most this much is still to be sent."""
+        return 0 if self.record.final else self._reserved_tokens - self._sent_tokens
+
+    @property
     def holds_request(self) -> bool:
         """Whether the request is stopped here and in nobody else's hands."""
         return self._stopped and not self.record.final
 
     # --- messages ---------------------------------------------------------------------------
 
-    def on_accept(self, prefix_tokens: int) -> None:
-        """The target has reserved memory and holds the first ``prefix_tokens`` already."""
+    def on_accept(self, accept: Accept) -> None:
+        """The target has reserved memory and holds a prefix of the tokens already."""
+        fault = accept_fault(accept, self.record.tokens, self._host.link.page_size)
+        if self.record.state is SourceState.CANCELLING:
+            return
+        if self.record.state is not SourceState.OFFERED or self._accepted:
+            fault = f"it is {self.record.state.value} already"
+        if fault is not None:
+            self._host.dropped.count(f"Accept of migration {accept.migration_id}: {fault}")
+            return
         self._accepted = True
-        self._sent_tokens = prefix_tokens
+        self._sent_tokens = self._prefix_tokens = accept.prefix_tokens
+        self.record.tokens_saved = accept.prefix_tokens
 
     def on_refuse(self, reason: str, now: float) -> None:
         """The target does not take it; the request never stopped."""
-        if self.record.state is SourceState.OFFERED:
+        if self.record.state is SourceState.OFFERED and not self._accepted:
             self._finish(SourceState.ENDED, REFUSED, reason, now)
 
     def on_committed(self, now: float) -> None:
@@ -180,7 +215,8 @@ class SourceMigration:
 
     def on_cancelled(self, now: float) -> None:
         """The target has let go: the request goes on here."""
-        if self.record.state is SourceState.RECALLING:
+        # Before it is asked to, the target has not let go, whoever says so.
+        if self.record.state is SourceState.RECALLING and self._cancel_sent:
             self._resume()
             self._finish(SourceState.ENDED, FAILED, self.record.reason, now)
             if self._aborted_by_client:
@@ -210,6 +246,10 @@ class SourceMigration:
             handed_over = self.record.state is SourceState.HANDOVER
             self._enter(SourceState.RECALLING if handed_over else SourceState.CANCELLING, now)
         self._finish(SourceState.ENDED, FAILED, self.record.reason or "target died", now)
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong."""
+        self._give_up(FAILED, reason, now)
 
     def on_abort(self, now: float) -> None:
         """The client aborted. A request that still runs here ends by itself; one that stopped is
@@ -257,11 +297,12 @@ class SourceMigration:
             if not self._chunk_in_flight or progress_poll == KVPoll.Success:
                 self._copy_on(now)
             elif self.req.kv.kv_committed_len >= self._reserved_tokens - 2:
-                self._stop(now)
+                self._out_of_room(self.req.kv.kv_committed_len - self._sent_tokens, now)
         if self.record.state is SourceState.STOPPING:
             self._hand_over_when_stopped(now, progress_poll)
-        if self.record.state in (SourceState.CANCELLING, SourceState.RECALLING):
-            self._cancel_when_drained(now)
+        # Only with a poll from after the abort: a chunk may be taken up until then.
+        if state in (SourceState.CANCELLING, SourceState.RECALLING):
+            self._cancel_when_drained(now, progress_poll)
 
     # --- steps ------------------------------------------------------------------------------
 
@@ -278,18 +319,32 @@ class SourceMigration:
         self._copy_on(now)
 
     def _copy_on(self, now: float) -> None:
-        """Send the pages completed since, or stop when little is left."""
+        """Send the next chunk of the pages completed so far, or stop when little is left.
+
+        A chunk that has to wait for the bandwidth budget is tried again at the next tick."""
         page = self._host.link.page_size
         written = self.req.kv.kv_committed_len
         complete = (written - 1) // page * page
         left = written - self._sent_tokens
         room_to_grow = self._reserved_tokens - 2 - written
-        if left <= max(self._limits.final_tokens, page) or room_to_grow <= 0:
-            self._chunk_in_flight = False
+        self._chunk_in_flight = False
+        if not self._limits.live_copy or left <= max(self._limits.final_tokens, page):
             self._stop(now)
-        elif complete > self._sent_tokens:
-            self._send_pages(complete)
+        elif room_to_grow <= 0:
+            self._out_of_room(left, now)
+        elif complete > self._sent_tokens and self._bandwidth.ready(now):
+            chunk = max(self._limits.chunk_tokens // page, 1) * page
+            self._send_pages(min(complete, self._sent_tokens + chunk), now)
             self._chunk_in_flight = True
+            self.record.extend_deadline(now, self._limits.timeout_s)
+
+    def _out_of_room(self, left: int, now: float) -> None:
+        """The request has outgrown its reservation before the copy caught up with it: stop it if
+        the rest goes over in one chunk, or else the pause would be longer than moving is worth."""
+        if left <= max(self._limits.chunk_tokens, self._limits.headroom_tokens):
+            self._stop(now)
+        else:
+            self._give_up(CANCELLED, "outgrew the reservation", now)
 
     def _stop(self, now: float) -> None:
         self._host.stop(self.req)
@@ -299,6 +354,8 @@ class SourceMigration:
     def _hand_over_when_stopped(self, now: float, progress_poll: int) -> None:
         if not self._host.has_stopped(self.req):
             return
+        if self._stopped_at is None:
+            self._stopped_at = self._host.wall_clock()
         if self.req.finished():
             self._give_up(CANCELLED, "finished", now)
             return
@@ -312,7 +369,7 @@ class SourceMigration:
         last_pages = self._host.link.page_count(written - self._sent_tokens)
         assert self._metadata_slot is not None
         self._sender.init(first_page + last_pages, self._metadata_slot)
-        self._send_pages(written)
+        self._send_pages(written, now)
         self.record.tokens = written
         self._host.send(
             self.record.target,
@@ -321,20 +378,28 @@ class SourceMigration:
                 source=self._host.worker_id,
                 tokens=written,
                 state=capture(self.req),
-                stopped_at=self._host.wall_clock(),
+                stopped_at=self._stopped_at,
+                kv_checksum=(
+                    self._host.link.checksum(self.req, self._prefix_tokens, written)
+                    if self._limits.kv_checksum
+                    else None
+                ),
             ),
         )
         self._enter(SourceState.HANDOVER, now)
 
-    def _send_pages(self, end: int) -> None:
+    def _send_pages(self, end: int, now: float) -> None:
+        self._chunks += 1
+        point = f"source:chunk:{self._chunks}"
+        if self.faults is not None and self.faults.reached(point, self.record):
+            self._sender.abort()
+            return
         pages = self._host.link.pages(self.req, self._sent_tokens, end)
         self._sender.send(pages, None, num_kv_tokens=end - self._sent_tokens)
+        self._progress.chunk_sent()
+        self._bandwidth.spend(len(pages), now)
+        self.record.tokens_sent += end - self._sent_tokens
         self._sent_tokens = end
-        self._chunks += 1
-        if self.faults is not None and self.faults.reached(
-            f"source:chunk:{self._chunks}", self.record
-        ):
-            self._sender.abort()
 
     # --- endings ----------------------------------------------------------------------------
 
@@ -355,8 +420,8 @@ class SourceMigration:
             self._resume()
             self._enter(SourceState.CANCELLING, now)
 
-    def _cancel_when_drained(self, now: float) -> None:
-        if self._cancel_sent or not self._progress.drained():
+    def _cancel_when_drained(self, now: float, progress_poll: int) -> None:
+        if self._cancel_sent or not drained(progress_poll):
             return
         self._cancel_sent = True
         self._host.send(
@@ -378,6 +443,8 @@ class SourceMigration:
 
     def _finish(self, state: SourceState, outcome: str, reason: str, now: float) -> None:
         self.kv_bytes = self._host.link.bytes_of(self._sender)
+        if outcome != COMPLETED:
+            self.record.tokens_saved = 0
         self.record.outcome = outcome
         self.record.reason = reason
         self._enter(state, now)
@@ -389,6 +456,7 @@ class SourceMigration:
         never_used = self._metadata_slot is None
         if never_used or sender_poll in (KVPoll.Success, KVPoll.Failed):
             self._sender.clear()
+            self._progress.close()
             if self._metadata_slot is not None:
                 self._host.free_metadata(self._metadata_slot)
             self._sender_closed = True

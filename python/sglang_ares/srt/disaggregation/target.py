@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts, commit_fault, offer_fault
+from sglang_ares.srt.disaggregation.kv_link import Arrival
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -15,7 +17,7 @@ from sglang_ares.srt.disaggregation.migration import (
     MigrationLimits,
     TargetState,
 )
-from sglang_ares.srt.disaggregation.request_state import restore
+from sglang_ares.srt.disaggregation.request_state import replay, restore, unpack_ids
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancelled,
@@ -27,10 +29,13 @@ from sglang_ares.srt.managers.io_struct import (
     Refuse,
     TransferFailed,
 )
+from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ares.srt.disaggregation.budgets import InboundMemory
     from sglang_ares.srt.disaggregation.kv_link import KvLink
 
 
@@ -39,6 +44,8 @@ class TargetHost(Protocol):
 
     worker_id: int
     link: KvLink
+    facts: WorkerFacts
+    dropped: DroppedFrames
 
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker cannot take the request, if it cannot."""
@@ -48,8 +55,17 @@ class TargetHost(Protocol):
         """Build the request; ``on_built`` is called when it (and its grammar) is ready."""
         ...
 
-    def reserve(self, req: Req, offer: Offer) -> int | None:
-        """Allocate KV for the request's tokens and headroom; tokens already here, or None."""
+    def lock_prefix(self, req: Req, offer: Offer) -> int:
+        """Find the request's first tokens in the prefix cache and keep them there; how many, in
+        whole pages, and fewer than it has: at least one token is left to send."""
+        ...
+
+    def unlock_prefix(self, req: Req) -> None:
+        """Let go of what :meth:`lock_prefix` found."""
+        ...
+
+    def reserve(self, req: Req, offer: Offer) -> bool:
+        """Allocate KV for the request's further tokens and headroom, if there is enough."""
         ...
 
     def trim(self, req: Req, tokens: int) -> None:
@@ -57,7 +73,7 @@ class TargetHost(Protocol):
         ...
 
     def unreserve(self, req: Req) -> None:
-        """Free all reserved KV."""
+        """Free all reserved KV, and let go of the prefix."""
         ...
 
     def alloc_metadata(self) -> int | None:
@@ -88,12 +104,14 @@ class TargetMigration:
         self,
         host: TargetHost,
         limits: MigrationLimits,
+        memory: InboundMemory,
         offer: Offer,
         source: Peer,
         now: float,
     ) -> None:
         self._host = host
         self._limits = limits
+        self._memory = memory
         self._offer = offer
         self._source = source
         self.record = Migration(
@@ -109,14 +127,22 @@ class TargetMigration:
         )
         self._req: Req | None = None
         self._receiver: Any = None
+        self._arrival: Arrival | None = None
         self._metadata_slot: int | None = None
         self._prefix_tokens = 0
+        # Output tokens that the request's grammar has seen.
+        self._replayed = 0
         self._commit: Commit | None = None
         self._kv_complete = False
         self._aborted_by_client = False
 
     def start(self, now: float) -> None:
         """Refuse, or build the request."""
+        fault = offer_fault(self._offer, self._host.facts)
+        if fault is not None:
+            self._host.dropped.count(f"Offer of migration {self.record.migration_id}: {fault}")
+            self._refuse(f"invalid offer: {fault}"[:MAX_REASON_CHARS], now)
+            return
         reason = self._host.refusal(self._offer)
         if reason is not None:
             self._refuse(reason, now)
@@ -125,8 +151,8 @@ class TargetMigration:
 
     @property
     def poller(self) -> Any:
-        """The receiver, once there is one."""
-        return self._receiver
+        """What tells of the KV's arrival, once the transfer is open."""
+        return self._arrival
 
     # --- messages ---------------------------------------------------------------------------
 
@@ -141,27 +167,44 @@ class TargetMigration:
         if slot is None:
             self._refuse("no metadata slot", now)
             return
-        prefix = self._host.reserve(req, self._offer)
-        if prefix is None:
-            self._host.free_metadata(slot)
-            self._refuse("no KV memory", now)
-            return
-        self._req = req
         self._metadata_slot = slot
-        self._prefix_tokens = prefix
+        prefix = self._host.lock_prefix(req, self._offer)
+        link = self._host.link
+        wanted = self._offer.tokens + self._offer.headroom - prefix
+        reserved = link.page_count(wanted) * link.page_size
+        reason = None
+        if not self._memory.admits(reserved):
+            reason = "memory share of inbound migrations used up"
+        elif not self._host.reserve(req, self._offer):
+            reason = "no KV memory"
+        if reason is not None:
+            self._host.unlock_prefix(req)
+            self._free()
+            self._refuse(reason, now)
+            return
+        self._memory.hold(self.record.migration_id, reserved)
+        self._req = req
+        self._prefix_tokens = self.record.tokens_saved = prefix
         self._receiver = self._host.link.open_receiver(
             self._source.bootstrap_host, self._source.bootstrap_port, self.record.room
         )
+        self._arrival = Arrival(self._receiver, self.record.room, self._arrived_room)
         self._enter(TargetState.RESERVED, now)
 
     def on_commit(self, commit: Commit, now: float) -> None:
         """The source has stopped; take over when the KV is complete too."""
-        if self.record.state is TargetState.RECEIVING:
-            if commit.tokens > self._offer.tokens + self._offer.headroom:
-                self._fail("the request outgrew its reservation", now)
-                return
+        fault = commit_fault(commit, self._offer, self._host.facts)
+        if self.record.state is TargetState.ABORTING:
+            return
+        expected = self.record.state is TargetState.RECEIVING and self._commit is None
+        if expected and fault is None:
             self._commit = commit
             self._take_over_when_complete(now)
+            return
+        fault = fault or f"it is {self.record.state.value}, or was sent before"
+        self._host.dropped.count(f"Commit of migration {self.record.migration_id}: {fault}")
+        if expected:
+            self._fail(f"invalid state: {fault}"[:MAX_REASON_CHARS], now)
 
     def on_forward_abort(self) -> None:
         """The client aborted after ``Commit``; applied at take-over."""
@@ -193,7 +236,7 @@ class TargetMigration:
         if state not in (TargetState.BUILDING, TargetState.RESERVED, TargetState.RECEIVING):
             return
         if receiver_poll == KVPoll.Failed:
-            self._fail("KV transfer failed at the target", now)
+            self._fail(self._why_failed(), now)
         elif now > self.record.deadline:
             if state is TargetState.BUILDING:
                 self._refuse("timeout in BUILDING", now)
@@ -209,6 +252,10 @@ class TargetMigration:
 
     def _open_for_kv(self, now: float) -> None:
         assert self._req is not None
+        # Now, while the source decodes on, rather than in the pause.
+        output = unpack_ids(self._offer.output_ids)
+        replay(self._req, output)
+        self._replayed = len(output)
         reserved = self._offer.tokens + self._offer.headroom
         self._receiver.send_metadata(
             self._host.link.pages(self._req, self._prefix_tokens, reserved),
@@ -229,12 +276,17 @@ class TargetMigration:
     def _take_over_when_complete(self, now: float) -> None:
         if self._commit is None or not self._kv_complete:
             return
-        assert self._req is not None and self._metadata_slot is not None
-        arrived = self._host.room_in(self._metadata_slot)
-        if arrived != self.record.room:
-            self._fail(f"metadata of room {arrived} arrived, not of {self.record.room}", now)
+        assert self._req is not None
+        if not self._kv_is_as_sent():
+            self._fail("checksum mismatch", now)
             return
-        restore(self._req, self._commit.state)
+        try:
+            restore(self._req, self._commit.state, self._replayed)
+        except Exception as error:
+            # A grammar that does not accept the output; the source takes the request back.
+            self._host.dropped.count("Commit: the state cannot be restored", error=error)
+            self._fail("invalid state: it cannot be restored", now)
+            return
         self._host.trim(self._req, self._commit.tokens)
         self.record.tokens = self._commit.tokens
         self._close_receiver()
@@ -248,7 +300,23 @@ class TargetMigration:
             self._aborted_by_client,
         )
 
+    def _kv_is_as_sent(self) -> bool:
+        assert self._commit is not None and self._req is not None
+        sent = self._commit.kv_checksum
+        if sent is None:
+            return True
+        here = self._host.link.checksum(self._req, self._prefix_tokens, self._commit.tokens)
+        return here == sent
+
     # --- endings ----------------------------------------------------------------------------
+
+    def on_fault(self, reason: str, now: float) -> None:
+        """Something here went wrong: refuse as long as no KV can be on its way, else fail."""
+        if self.record.state is TargetState.BUILDING:
+            self._free()
+            self._refuse(reason, now)
+        elif self.record.state in (TargetState.RESERVED, TargetState.RECEIVING):
+            self._fail(reason, now)
 
     def _refuse(self, reason: str, now: float) -> None:
         self.record.outcome = REFUSED
@@ -276,19 +344,32 @@ class TargetMigration:
             ),
         )
 
+    def _arrived_room(self) -> int:
+        return self._host.room_in(self._metadata_slot) if self._metadata_slot is not None else 0
+
+    def _why_failed(self) -> str:
+        arrived = self._arrived_room()
+        if arrived not in (0, self.record.room):
+            return f"metadata of room {arrived} arrived, not of {self.record.room}"
+        return "KV transfer failed at the target"
+
     def _release(self, outcome: str, reason: str, now: float) -> None:
-        if self._receiver is not None:
-            self._receiver.abort()
-            self._close_receiver()
-        if self._req is not None:
-            self._host.unreserve(self._req)
+        self._free()
         self.record.outcome = FAILED if self.record.state is TargetState.ABORTING else outcome
         self.record.reason = self.record.reason or reason
         self._enter(TargetState.RELEASED, now)
 
+    def _free(self) -> None:
+        if self._receiver is not None:
+            self._receiver.abort()
+        self._close_receiver()
+        if self._req is not None:
+            self._host.unreserve(self._req)
+
     def _close_receiver(self) -> None:
-        self._receiver.clear()
-        self._receiver = None
+        if self._receiver is not None:
+            self._receiver.clear()
+            self._receiver = self._arrival = None
         if self._metadata_slot is not None:
             self._host.free_metadata(self._metadata_slot)
             self._metadata_slot = None
@@ -301,3 +382,5 @@ class TargetMigration:
 
     def _enter(self, state: TargetState, now: float) -> None:
         self.record.enter(state, now, self._limits.timeout_s)
+        if self.record.final:
+            self._memory.release(self.record.migration_id)

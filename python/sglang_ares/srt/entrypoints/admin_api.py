@@ -11,25 +11,26 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_ares.srt.disaggregation.faults import is_point
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
+from sglang_ares.srt.security.bounds import Rid, WorkerId
 
 
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/migrate``."""
 
-    rid: str
-    target: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    rid: Rid
+    target: WorkerId
 
 
 class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/drain`` and ``/ares/undrain``."""
 
-    worker: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    worker: WorkerId
 
 
 class FaultBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/fault``; see ``disaggregation/faults.py``."""
 
-    worker: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+    worker: WorkerId
     point: str = ""
     action: Literal["hold", "fail", "release"] = "hold"
     seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0

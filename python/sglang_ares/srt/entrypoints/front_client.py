@@ -22,6 +22,8 @@ from sglang_ares.srt.managers.io_struct import (
     StatusQuery,
     encode,
 )
+from sglang_ares.srt.security.curve import CurveKeys
+from sglang_ares.srt.security.sockets import connected_socket
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,11 @@ class ControllerTimeoutError(TimeoutError):
 class FrontClient:
     """Asks the controller; answers are (HTTP status, document). Use within one event loop."""
 
-    def __init__(self, endpoint: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self, endpoint: str, timeout_s: float = 60.0, *, keys: CurveKeys | None = None
+    ) -> None:
         self._endpoint = endpoint
+        self._keys = keys
         self._timeout_s = timeout_s
         self._decoder = Decoder(QueryReply)
         self._ids = itertools.count(1)
@@ -76,9 +81,9 @@ class FrontClient:
 
     async def _ask(self, query: Message) -> tuple[int, Any]:
         if self._socket is None:
-            self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.connect(self._endpoint)
+            self._socket = connected_socket(
+                zmq.asyncio.Context.instance(), zmq.DEALER, self._endpoint, keys=self._keys
+            )
             self._reader = asyncio.create_task(self._read())
         query_id: int = query.query_id  # type: ignore[attr-defined]
         future: asyncio.Future[QueryReply] = asyncio.get_running_loop().create_future()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing as mp
-import random
-import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,10 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.managers.io_struct import Peer
-from sglang_ares.srt.managers.runtime_dir import controller_endpoint, worker_endpoint
 from sglang_ares.srt.managers.worker_process import run_worker_process
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
 from sglang_ares.srt.policy.types import DECODE, PREFILL
+from sglang_ares.srt.security.control_plane import ControlPlane, free_ports, private_port_args
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -88,46 +87,56 @@ class WorkerCluster:
         server_args: ServerArgs,
         port_args: PortArgs,
         ares_args: AresArgs,
-        runtime_dir: str,
+        control: ControlPlane,
     ) -> None:
         self._server_args = server_args
         self._port_args = port_args
         self._ares_args = ares_args
-        self._runtime_dir = runtime_dir
+        self._control = control
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
-        ports = _free_ports(2 * len(roles))
+        ports = free_ports(2 * len(roles), taken=control.ports)
         self.workers = [
             self._worker(worker_id, role, ports[2 * worker_id : 2 * worker_id + 2], incarnation=0)
             for worker_id, role in enumerate(roles)
         ]
 
     def _worker(
-        self, worker_id: int, role: str, ports: list[int], incarnation: int
+        self, worker_id: int, role: str, ports: Sequence[int], incarnation: int
     ) -> WorkerProcess:
-        ares_args = self._ares_args
-        port, nccl_port = ports
-        worker_args = worker_server_args(self._server_args, role, worker_id, port, nccl_port)
+        ares_args, control = self._ares_args, self._control
+        mailbox = control.worker(worker_id, incarnation)
+        with_cache = ares_args.decode_radix_cache == "on"
+        worker_args = worker_server_args(self._server_args, role, worker_id, ports, with_cache)
         spec = WorkerSpec(
             worker_id=worker_id,
             incarnation=incarnation,
             role=role,
             server_args=worker_args,
-            control_endpoint=worker_endpoint(self._runtime_dir, worker_id, incarnation),
-            controller_endpoint=controller_endpoint(self._runtime_dir),
+            control_endpoint=mailbox.connect,
+            control_bind=mailbox.bind,
+            curve_keys=control.keys,
+            controller_endpoint=control.controller.connect,
             bootstrap_host=_LOOPBACK,
-            bootstrap_port=port,
+            bootstrap_port=ports[0],
             report_interval_s=ares_args.report_interval,
             heartbeat_interval_s=min(1.0, ares_args.worker_timeout / 5),
             limits=MigrationLimits(
                 timeout_s=ares_args.migration_timeout,
                 max_inbound=ares_args.max_migrations_per_worker,
+                max_outbound=ares_args.max_migrations_per_worker,
+                chunk_tokens=ares_args.migration_chunk_tokens,
+                bandwidth_mb_s=ares_args.migration_bandwidth,
+                memory_share=ares_args.migration_memory_share,
+                live_copy=ares_args.migration_copy == "live",
+                kv_checksum=ares_args.kv_checksum,
             ),
             seeded_sampling=worker_args.sampling_backend == "pytorch",
             cluster_size=ares_args.total_workers,
             loads_instance_id=self._port_args.instance_id,
             fault_injection=ares_args.fault_injection,
         )
-        return WorkerProcess(spec, _worker_port_args(worker_args, self._port_args))
+        own = _worker_port_args(worker_args, self._port_args, control.runtime_dir)
+        return WorkerProcess(spec, own)
 
     # --- start ------------------------------------------------------------------------------
 
@@ -192,7 +201,9 @@ class WorkerCluster:
     def restart(self, worker_id: int) -> WorkerProcess:
         """Start a worker anew, with addresses of its own; see :meth:`poll_ready`."""
         old = self.workers[worker_id].spec
-        worker = self._worker(worker_id, old.role, _free_ports(2), old.incarnation + 1)
+        worker = self._worker(
+            worker_id, old.role, free_ports(2, taken=self._control.ports), old.incarnation + 1
+        )
         self.workers[worker_id] = worker
         self._spawn(worker)
         return worker
@@ -214,9 +225,15 @@ def _died_while_starting(worker: WorkerProcess) -> WorkerStartError:
 
 
 def worker_server_args(
-    server_args: ServerArgs, role: str, worker_id: int, bootstrap_port: int, nccl_port: int
+    server_args: ServerArgs,
+    role: str,
+    worker_id: int,
+    ports: Sequence[int],
+    decode_radix_cache: bool = True,
 ) -> ServerArgs:
-    """The operator's server arguments, set to one worker's role; not resolved yet."""
+    """The operator's server arguments, set to one worker's role; not resolved yet. ``ports``: of
+    its KV bootstrap server, and of its ranks' rendezvous."""
+    bootstrap_port, nccl_port = ports
     fields = msgspec.structs.asdict(server_args)
     # On a CPU the "GPU id" is a NUMA node, and all workers share them.
     on_cpu = server_args.device == "cpu"
@@ -231,6 +248,9 @@ def worker_server_args(
         nccl_port=nccl_port,
         dist_init_addr=None,
     )
+    if role == DECODE and decode_radix_cache and not server_args.disable_radix_cache:
+        # Upstream's default is off; less is sent to where a request's prefix is already.
+        fields["disaggregation_decode_enable_radix_cache"] = True
     if role == PREFILL:
         fields["disaggregation_decode_retraction_backup"] = _declared_default(
             server_args, "disaggregation_decode_retraction_backup"
@@ -242,24 +262,12 @@ def _declared_default(server_args: ServerArgs, name: str) -> Any:
     return next(f.default for f in msgspec.structs.fields(type(server_args)) if f.name == name)
 
 
-def _worker_port_args(worker_args: ServerArgs, front: PortArgs) -> PortArgs:
+def _worker_port_args(worker_args: ServerArgs, front: PortArgs, runtime_dir: str) -> PortArgs:
     """Sockets of its own for a worker, but the front's tokenizer and detokenizer."""
-    port_args = PortArgs.init_new(worker_args)
+    port_args = private_port_args(worker_args, runtime_dir)
     port_args.tokenizer_ipc_name = front.tokenizer_ipc_name
     port_args.detokenizer_ipc_name = front.detokenizer_ipc_name
     return port_args
-
-
-def _free_ports(count: int) -> list[int]:
-    """Distinct TCP ports nobody listens on, below the range that outgoing connections draw from:
-    a worker binds its port only once it has loaded."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex((_LOOPBACK, port)) != 0:
-                ports.add(port)
-    return sorted(ports)
 
 
 def _process_context(worker_args: ServerArgs) -> BaseContext:

@@ -11,7 +11,13 @@ import msgspec
 
 from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
 from sglang_ares.srt.managers.attempts import internal_rid, split_rid
-from sglang_ares.srt.managers.io_struct import Adopted, MigrationResult, WorkerReport
+from sglang_ares.srt.managers.io_struct import (
+    Adopted,
+    Landed,
+    Message,
+    MigrationResult,
+    WorkerReport,
+)
 from sglang_ares.srt.policy.types import DECODE, WorkerLoad
 
 # What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
@@ -88,13 +94,23 @@ class Ownership:
         return internal_rid(self.rid, self.attempt)
 
 
+# Why a migration was commanded.
+MANUAL = "manual"
+POLICY = "policy"
+MEMORY = "memory"
+DRAIN = "drain"
+CAUSES = (MANUAL, POLICY, MEMORY, DRAIN)
+
+
 @dataclass
 class MovingRequest:
-    """A migration that was commanded and has not been reported back. ``rid``: the attempt."""
+    """A migration that was commanded, for ``cause``, and has not been reported back. ``rid``: the
+    attempt."""
 
     rid: str
     source: int
     target: int
+    cause: str = POLICY
 
 
 class ClusterState:
@@ -108,6 +124,9 @@ class ClusterState:
         self._left_target: set[str] = set()
         self.migrations_attempted = 0
         self.migrations_completed = 0
+        self.migration_tokens_sent = 0
+        self.migration_tokens_saved = 0
+        self.migrations_by_cause: Counter[str] = Counter()
         self.migrations_refused: Counter[str] = Counter()
         self.migrations_failed: Counter[str] = Counter()
         self.migrations_cancelled: Counter[str] = Counter()
@@ -186,6 +205,26 @@ class ClusterState:
         if owner is not None and not owner.recovering:
             owner.decode = message.worker_id
 
+    def fault(self, message: Message) -> str | None:
+        """What is wrong with a worker's message that decodes, if anything."""
+        if isinstance(message, WorkerReport):
+            view = self.workers.get(message.worker_id)
+            if view is None:
+                return f"there is no worker {message.worker_id}"
+            if (message.load.worker_id, message.load.role) != (view.worker_id, view.role):
+                return f"the load is not one of {view.role} worker {view.worker_id}"
+        elif isinstance(message, MigrationResult):
+            known = self.moving.get(message.migration_id)
+            told = (message.rid, message.source, message.target)
+            if known is None or told != (known.rid, known.source, known.target):
+                return f"migration {message.migration_id} is not under way, or another one"
+        elif isinstance(message, Landed) and (
+            message.worker_id not in self.workers
+            or not 0 < message.migration_id <= self.migrations_attempted
+        ):
+            return f"worker {message.worker_id} or migration {message.migration_id} is unknown"
+        return None
+
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""
         view = self.workers.get(report.worker_id)
@@ -210,12 +249,16 @@ class ClusterState:
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
         self.migrations_attempted += 1
+        self.migrations_by_cause[move.cause] += 1
         self.moving[migration_id] = move
 
-    def note_migration_result(self, result: MigrationResult) -> bool:
-        """A migration ended; false if it was not known."""
-        if self.moving.pop(result.migration_id, None) is None:
-            return False
+    def note_migration_result(self, result: MigrationResult) -> MovingRequest | None:
+        """A migration ended; what was commanded, if it was."""
+        move = self.moving.pop(result.migration_id, None)
+        if move is None:
+            return None
+        self.migration_tokens_sent += result.tokens_sent
+        self.migration_tokens_saved += result.tokens_saved
         left_target = result.rid in self._left_target
         self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
@@ -232,15 +275,15 @@ class ClusterState:
             self.migrations_cancelled[_key(result.reason)] += 1
         else:
             self.migrations_failed[_key(result.reason)] += 1
-        return True
+        return move
 
     # --- documents --------------------------------------------------------------------------
 
-    def status(self, policies: dict[str, str]) -> dict[str, Any]:
-        """The body of ``GET /ares/status``."""
+    def status(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The body of ``GET /ares/status``; ``settings`` stand first in it."""
         return {
             "uptime_s": time.monotonic() - self.started_at,
-            **policies,
+            **settings,
             "workers": [self._worker_status(w) for w in self.workers.values()],
             "migrations": {
                 "attempted": self.migrations_attempted,
@@ -249,6 +292,9 @@ class ClusterState:
                 "failed": dict(self.migrations_failed),
                 "cancelled": dict(self.migrations_cancelled),
                 "in_flight": len(self.moving),
+                "tokens_sent": self.migration_tokens_sent,
+                "tokens_saved": self.migration_tokens_saved,
+                "causes": {cause: self.migrations_by_cause[cause] for cause in CAUSES},
             },
             "requests": len(self.owners),
         }
@@ -276,6 +322,7 @@ class ClusterState:
                 migrations_in=report.migrations_in,
                 migrations_out=report.migrations_out,
                 retracted=report.retracted,
+                dropped_frames=report.dropped_frames,
                 decode_step_ms=report.decode_step_ms,
                 pools=msgspec.to_builtins(report.pools),
             )

@@ -7,6 +7,7 @@ import logging
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +33,11 @@ from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_o
 from sglang_ares.srt.managers.attempts import public_rid
 from sglang_ares.srt.managers.cluster import WorkerCluster, WorkerProcess
 from sglang_ares.srt.managers.cluster_state import (
+    DRAIN,
     FAILED_FOR_GOOD,
+    MANUAL,
+    MEMORY,
+    POLICY,
     READY,
     ClusterState,
     MovingRequest,
@@ -68,12 +73,8 @@ from sglang_ares.srt.managers.io_struct import (
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.memory_relief import MemoryRelief
 from sglang_ares.srt.managers.recovery import Recovery
-from sglang_ares.srt.managers.runtime_dir import (
-    controller_endpoint,
-    front_endpoint,
-    ledger_endpoint,
-)
 from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
@@ -81,17 +82,23 @@ from sglang_ares.srt.policy.draining import drain_moves
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest, RescheduleLimits
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from sglang_ares.srt.security.bounds import MAX_RID_CHARS
+from sglang_ares.srt.security.dropped import DroppedFrames
+from sglang_ares.srt.security.sockets import BoundSocket
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.security.control_plane import ControlPlane
 
 logger = logging.getLogger(__name__)
 
 # Longest sleep of the event loop; bounds how late a rescheduling round can be, or a death noticed.
 _POLL_MS = 200
+# Most queries of the front answered before the loop turns to the workers again.
+_FRONT_MESSAGES = 256
 
 _LEDGER = "ledger"
 
@@ -103,21 +110,32 @@ class AresController(DataParallelController):
     """
 
     ares_args: ClassVar[AresArgs]
-    runtime_dir: ClassVar[str]
+    control: ClassVar[ControlPlane]
 
     # --- construction: upstream's steps -----------------------------------------------------
 
     def launch_dp_schedulers(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         """Start the workers, connect to them and introduce them to each other."""
-        self._mailbox = Mailbox(self.context, controller_endpoint(self.runtime_dir))
-        self._mailbox.connect(_LEDGER, ledger_endpoint(self.runtime_dir))
+        keys = self.control.keys
+        # Kept: it stops when nobody refers to it any more.
+        self._admission = keys and keys.admit(self.context)
+        self.dropped = DroppedFrames("controller")
+        self.dropped_front = DroppedFrames("front")
+        self._mailbox = Mailbox(
+            self.context, self.control.controller.bind, keys=keys, dropped=self.dropped
+        )
+        self._front = BoundSocket(
+            self.context,
+            zmq.ROUTER,
+            self.control.front.bind,
+            keys=keys,
+            dropped=self.dropped_front,
+        )
+        self._mailbox.connect(_LEDGER, self.control.ledger.connect)
         self._to_tokenizer = get_zmq_socket(
             self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False
         )
-        self._front = self.context.socket(zmq.ROUTER)
-        self._front.setsockopt(zmq.LINGER, 0)
-        self._front.bind(front_endpoint(self.runtime_dir))
-        self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.runtime_dir)
+        self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.control)
         self.workers = [self._input_socket(w) for w in self.cluster.workers]
         count = len(self.workers)
         self.status = [True] * count
@@ -181,6 +199,11 @@ class AresController(DataParallelController):
             now,
         )
         self._next_round = time.monotonic() + self.ares_args.reschedule_interval
+        self._relief = MemoryRelief(
+            report_interval_s=self.ares_args.report_interval,
+            floor=self.ares_args.memory_floor,
+            reserved_tokens=self.server_args.num_reserved_decode_tokens,
+        )
         self._sequence = 0
         self._next_migration_id = 1
         # Queries of the front that wait for a migration's outcome: (identity, query id).
@@ -188,7 +211,6 @@ class AresController(DataParallelController):
         self._seeds = SampleSeeds()
         self._leaving = False
         self._faults_struck: list[dict[str, Any]] = []
-        self.dropped_frames = 0
         self.metrics = ControllerMetrics.create(self.server_args)
 
     def init_dispatcher(self) -> None:
@@ -206,7 +228,9 @@ class AresController(DataParallelController):
             self._probe(req)
             return
         owner = Ownership(req.rid, req, -1, -1, dispatched_at=time.monotonic())
-        if not self._send_attempt(owner, None):
+        if len(owner.name) > MAX_RID_CHARS:
+            self.end(owner, 400, f"the rid is longer than {MAX_RID_CHARS - 3} characters")
+        elif not self._send_attempt(owner, None):
             self.end(owner, 503, self.missing_role() or "all workers of a role are starting anew")
 
     def _choose(self, prompt_tokens: int) -> tuple[int, int] | None:
@@ -359,11 +383,11 @@ class AresController(DataParallelController):
 
     # --- migrations -------------------------------------------------------------------------
 
-    def start_migration(self, rid: str, source: int, target: int) -> int:
+    def start_migration(self, rid: str, source: int, target: int, cause: str) -> int:
         """Command a migration; its id."""
         migration_id = self._next_migration_id
         self._next_migration_id += 1
-        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target))
+        self.state.note_migration_started(migration_id, MovingRequest(rid, source, target, cause))
         command = StartMigration(migration_id=migration_id, rid=rid, target=target)
         self._mailbox.send(str(source), encode(command))
         return migration_id
@@ -379,7 +403,7 @@ class AresController(DataParallelController):
         serving = {w.worker_id for w in self.state.with_role(DECODE)}
         for move in moves:
             if {move.source, move.target} <= serving:
-                self.start_migration(move.rid, move.source, move.target)
+                self.start_migration(move.rid, move.source, move.target, POLICY)
             else:
                 logger.error("the policy planned an impossible move: %s", move)
 
@@ -393,10 +417,14 @@ class AresController(DataParallelController):
             most = max(0, self.ares_args.max_migrations_per_worker - underway)
             limits = msgspec.structs.replace(self._limits, max_moves=most)
             for move in drain_moves(view.load(moving), self.state.loads(DECODE), limits):
-                self.start_migration(move.rid, move.source, move.target)
+                self.start_migration(move.rid, move.source, move.target, DRAIN)
 
     def _on_worker_message(self, frame: bytes) -> None:
-        message = self._decode(self._from_workers, frame)
+        message = self._decode(self._from_workers, frame, self.dropped)
+        fault = self.state.fault(message) if message is not None else None
+        if fault is not None:
+            self.dropped.count(f"{type(message).__name__}: {fault}")
+            return
         if isinstance(message, Heartbeat):
             self.supervisor.on_heartbeat(
                 message.worker_id, message.incarnation, message.rank, time.monotonic()
@@ -415,9 +443,16 @@ class AresController(DataParallelController):
             self.state.note_report(message)
             self.empty_draining_workers()
             self.metrics.reported(message)
+            if self.ares_args.memory_relief:
+                for planned in self._relief.plan(message, self.state):
+                    self.start_migration(planned.rid, planned.source, planned.target, MEMORY)
+            for own in (self.dropped, self.dropped_front):
+                self.metrics.dropped(own.where, own.total)
         elif isinstance(message, MigrationResult):
-            if self.state.note_migration_result(message):
-                self.metrics.migrated(message)
+            move = self.state.note_migration_result(message)
+            if move is not None:
+                self.metrics.migrated(message, move.cause)
+                self._relief.note_result(message)
                 self._answer_waiting(message)
         elif isinstance(message, Landed):
             self.metrics.landed(message)
@@ -433,6 +468,8 @@ class AresController(DataParallelController):
             "source": result.source,
             "target": result.target,
             "tokens": result.tokens,
+            "tokens_sent": result.tokens_sent,
+            "tokens_saved": result.tokens_saved,
             "kv_bytes": result.kv_bytes,
             "duration_ms": 1e3 * result.duration_s,
         }
@@ -448,6 +485,8 @@ class AresController(DataParallelController):
                 outcome="failed",
                 reason="source died",
                 tokens=0,
+                tokens_sent=0,
+                tokens_saved=0,
                 kv_bytes=0,
                 duration_s=0.0,
             )
@@ -456,13 +495,15 @@ class AresController(DataParallelController):
     # --- the front --------------------------------------------------------------------------
 
     def _on_front_message(self, identity: bytes, frame: bytes) -> None:
-        query = self._decode(self._from_front, frame)
+        query = self._decode(self._from_front, frame, self.dropped_front)
         if isinstance(query, StatusQuery):
-            policies = {
+            settings = {
                 "placement": self.ares_args.placement,
                 "rescheduling": self.ares_args.rescheduling,
+                "runtime_dir": self.control.runtime_dir,
+                "dropped_frames": {d.where: d.total for d in (self.dropped, self.dropped_front)},
             }
-            self._reply(identity, query.query_id, 200, self.state.status(policies))
+            self._reply(identity, query.query_id, 200, self.state.status(settings))
         elif isinstance(query, RequestsQuery):
             self._reply(identity, query.query_id, 200, self.state.requests())
         elif isinstance(query, MigrateQuery):
@@ -521,20 +562,18 @@ class AresController(DataParallelController):
             self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
         assert owner is not None
-        migration_id = self.start_migration(owner.name, owner.decode, query.target)
+        migration_id = self.start_migration(owner.name, owner.decode, query.target, MANUAL)
         self._waiting[migration_id] = (identity, query.query_id)
 
     def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:
         reply = QueryReply(query_id=query_id, status=status, body=msgspec.json.encode(body))
-        self._front.send_multipart([identity, encode(reply)])
+        self._front.socket.send_multipart([identity, encode(reply)])
 
-    def _decode(self, decoder: Decoder, frame: bytes) -> Any:
+    def _decode(self, decoder: Decoder, frame: bytes, dropped: DroppedFrames) -> Any:
         try:
             return decoder.decode(frame)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            self.dropped_frames += 1
-            self.metrics.dropped_frame()
-            logger.warning("dropped a malformed message: %s", error)
+            dropped.count(f"malformed: {error}")
             return None
 
     # --- the event loop ---------------------------------------------------------------------
@@ -551,7 +590,7 @@ class AresController(DataParallelController):
             poller.poll(max(0, min(_POLL_MS, until_round_ms)))
             self._serve_tokenizer()
             for frame in self._mailbox.drain():
-                self._on_worker_message(frame)
+                self._safely(self.dropped, self._on_worker_message, frame)
             self._serve_front()
             if not self._leaving:
                 self.supervisor.tick(time.monotonic())
@@ -559,7 +598,12 @@ class AresController(DataParallelController):
 
     def _poller(self, sentinels: set[int]) -> zmq.Poller:
         poller = zmq.Poller()
-        for watched in (self.recv_from_tokenizer, self._mailbox.socket, self._front, *sentinels):
+        for watched in (
+            self.recv_from_tokenizer,
+            self._mailbox.socket,
+            self._front.socket,
+            *sentinels,
+        ):
             poller.register(watched, zmq.POLLIN)
         return poller
 
@@ -578,15 +622,15 @@ class AresController(DataParallelController):
                 self._request_dispatcher(received)
 
     def _serve_front(self) -> None:
-        while True:
-            try:
-                identity, frame = self._front.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except ValueError:
-                self.dropped_frames += 1
-                continue
-            self._on_front_message(identity, frame)
+        for identity, frame in self._front.receive(parts=2, limit=_FRONT_MESSAGES):
+            self._safely(self.dropped_front, self._on_front_message, identity, frame)
+
+    def _safely(self, dropped: DroppedFrames, handle: Callable[..., None], *args: Any) -> None:
+        """A message that cannot be handled is dropped; the cluster goes on."""
+        try:
+            handle(*args)
+        except Exception as error:
+            dropped.count("it could not be handled", error=error)
 
     def _reschedule_when_due(self) -> None:
         now = time.monotonic()
@@ -612,7 +656,7 @@ def run_controller_process(
     server_args: ServerArgs,
     port_args: PortArgs,
     ares_args: AresArgs,
-    runtime_dir: str,
+    control: ControlPlane,
     writer: Connection,
 ) -> None:
     """Entry point of the controller's process."""
@@ -622,6 +666,6 @@ def run_controller_process(
     # Upstream's workers send their parent SIGQUIT when they fail; the cluster outlives them.
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     AresController.ares_args = ares_args
-    AresController.runtime_dir = runtime_dir
+    AresController.control = control
     hook_controller(AresController)
     run_data_parallel_controller_process(server_args, port_args, writer)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 from collections import OrderedDict
 from typing import Any, ClassVar
 
@@ -26,10 +25,9 @@ from sglang.srt.managers.io_struct import (
 from sglang_ares.srt.managers.batch_items import first_token, select
 from sglang_ares.srt.managers.io_struct import Decoder, LedgerInbound, encode
 from sglang_ares.srt.managers.mailbox import Mailbox
-from sglang_ares.srt.managers.runtime_dir import controller_endpoint, ledger_endpoint
 from sglang_ares.srt.managers.token_ledger import TokenLedger
-
-logger = logging.getLogger(__name__)
+from sglang_ares.srt.security.control_plane import ControlPlane
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 CONTROLLER = "controller"
 
@@ -103,7 +101,7 @@ class InOrder:
 class AresDetokenizerManager(DetokenizerManager):
     """Upstream's detokenizer behind the :class:`TokenLedger` and :class:`InOrder`."""
 
-    runtime_dir: ClassVar[str]
+    control: ClassVar[ControlPlane]
 
     def init_running_status(self, server_args: Any) -> None:
         """Upstream's state, the order of the streams, and the ledger with its mailbox."""
@@ -111,8 +109,11 @@ class AresDetokenizerManager(DetokenizerManager):
         self._in_order = InOrder()
         self._ledger = TokenLedger()
         self._from_controller = Decoder(LedgerInbound)
-        self._mailbox = Mailbox(zmq.Context(1), ledger_endpoint(self.runtime_dir))
-        self._mailbox.connect(CONTROLLER, controller_endpoint(self.runtime_dir))
+        context, keys = zmq.Context(1), self.control.keys
+        self._admission = keys and keys.admit(context)
+        self._dropped = DroppedFrames("ledger")
+        self._mailbox = Mailbox(context, self.control.ledger.bind, keys=keys, dropped=self._dropped)
+        self._mailbox.connect(CONTROLLER, self.control.controller.connect)
 
     def event_loop(self) -> None:
         """Upstream's loop, interrupted for the controller's fences."""
@@ -135,7 +136,7 @@ class AresDetokenizerManager(DetokenizerManager):
             try:
                 request = self._from_controller.decode(frame)
             except msgspec.MsgspecError as error:
-                logger.warning("dropped a malformed message: %s", error)
+                self._dropped.count(str(error))
                 continue
             for rid in request.attempts:
                 self._in_order.forget_early(rid)

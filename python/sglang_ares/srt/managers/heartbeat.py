@@ -15,6 +15,7 @@ import zmq
 
 from sglang_ares.srt.managers.io_struct import Heartbeat, encode
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
+from sglang_ares.srt.security.sockets import connected_socket
 
 
 def start_heartbeat(spec: WorkerSpec, rank: int) -> threading.Thread:
@@ -26,11 +27,9 @@ def start_heartbeat(spec: WorkerSpec, rank: int) -> threading.Thread:
 
 def _beat(spec: WorkerSpec, rank: int) -> None:
     frame = encode(Heartbeat(worker_id=spec.worker_id, incarnation=spec.incarnation, rank=rank))
-    socket = zmq.Context.instance().socket(zmq.PUSH)
-    socket.setsockopt(zmq.LINGER, 0)
-    # What cannot be delivered now is worth nothing later.
-    socket.setsockopt(zmq.SNDHWM, 2)
-    socket.connect(spec.controller_endpoint)
+    socket = connected_socket(
+        zmq.Context.instance(), zmq.PUSH, spec.controller_endpoint, keys=spec.curve_keys
+    )
     while True:
         with contextlib.suppress(zmq.Again):
             socket.send(frame, flags=zmq.NOBLOCK)

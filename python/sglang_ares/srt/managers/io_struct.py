@@ -4,20 +4,37 @@ Directions: controller → worker (``ConnectPeers`` … ``Resume``), worker → 
 (``Heartbeat`` … ``PeerDiedAck``), worker → worker (``Offer`` … ``ForwardAbort``, in the order of
 the protocol), controller ↔ token ledger (``FenceRequests``, ``Fenced``), front ↔ controller
 (``…Query``/``…Reply``). On the wire a message is one msgpack array whose first element is its
-class name; :func:`decode` checks every type. A ``rid`` names one attempt at a request
+class name. :class:`Decoder` checks every type and bound; what a field means is checked where it
+is used (``disaggregation/checks.py``, the managers). A ``rid`` names one attempt at a request
 (``managers/attempts.py``), except where the front is spoken to.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any
 
 import msgspec
 
 from sglang_ares.srt.disaggregation.request_state import RequestSpec, RequestState
 from sglang_ares.srt.policy.types import WorkerLoad
-
-MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
+from sglang_ares.srt.security.bounds import (
+    MAX_LISTED,
+    Address,
+    ClockDifference,
+    Count,
+    HostName,
+    HttpStatus,
+    Outcome,
+    Port,
+    Reason,
+    Rid,
+    Role,
+    Room,
+    Seconds,
+    SequenceId,
+    WorkerId,
+)
+from sglang_ares.srt.security.sockets import MAX_MESSAGE_BYTES
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -30,39 +47,39 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach one worker: its control endpoint (ZMQ) and its KV bootstrap server."""
 
-    worker_id: int
-    role: str
-    control_endpoint: str
-    bootstrap_host: str
-    bootstrap_port: int
+    worker_id: WorkerId
+    role: Role
+    control_endpoint: Address
+    bootstrap_host: HostName
+    bootstrap_port: Port
 
 
 class ConnectPeers(Message, frozen=True, kw_only=True):
     """All workers of the cluster; sent once every worker is up."""
 
-    peers: list[Peer]
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=4096)]
 
 
 class StartMigration(Message, frozen=True, kw_only=True):
     """Move ``rid`` to worker ``target``."""
 
-    migration_id: int
-    rid: str
-    target: int
+    migration_id: SequenceId
+    rid: Rid
+    target: WorkerId
 
 
 class PeerDied(Message, frozen=True, kw_only=True):
     """Worker ``worker_id`` is dead for certain: nothing of it writes, sends or owns any more.
     Let go of what depends on it, then acknowledge."""
 
-    event_id: int
-    worker_id: int
+    event_id: SequenceId
+    worker_id: WorkerId
 
 
 class Discard(Message, frozen=True, kw_only=True):
     """These attempts are void: end them without a word, now or when they arrive."""
 
-    rids: list[str]
+    rids: Annotated[list[Rid], msgspec.Meta(max_length=MAX_LISTED)]
 
 
 class Resume(Message, frozen=True, kw_only=True):
@@ -74,11 +91,11 @@ class Resume(Message, frozen=True, kw_only=True):
 
     spec: RequestSpec
     output_ids: bytes
-    cached_tokens: int
-    reasoning_tokens: int
-    bootstrap_host: str
-    bootstrap_port: int
-    room: int
+    cached_tokens: Count
+    reasoning_tokens: Count
+    bootstrap_host: HostName
+    bootstrap_port: Port
+    room: Room
 
 
 class InjectFault(Message, frozen=True, kw_only=True):
@@ -86,9 +103,9 @@ class InjectFault(Message, frozen=True, kw_only=True):
     transfer fail there (``fail``), or end all holds (``release``); ``disaggregation/faults.py``.
     """
 
-    point: str
-    action: str
-    seconds: float
+    point: Reason
+    action: Reason
+    seconds: Seconds
 
 
 # --- worker -> controller -------------------------------------------------------------------
@@ -98,50 +115,52 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     """Rank ``rank`` of a worker is not stopped; sent by a thread of its own, so that a long step
     is not mistaken for death. ``incarnation`` counts the worker's restarts."""
 
-    worker_id: int
-    incarnation: int
-    rank: int
+    worker_id: WorkerId
+    incarnation: Count
+    rank: WorkerId
 
 
 class RequestFailed(Message, frozen=True, kw_only=True):
     """The worker lost a request through no fault of the request: it wants a new attempt."""
 
-    rid: str
-    worker_id: int
-    reason: str
+    rid: Rid
+    worker_id: WorkerId
+    reason: Reason
 
 
 class Adopted(Message, frozen=True, kw_only=True):
     """The target of a migration owns the request now; told by itself, as its source may die."""
 
-    migration_id: int
-    rid: str
-    worker_id: int
+    migration_id: SequenceId
+    rid: Rid
+    worker_id: WorkerId
 
 
 class FaultReached(Message, frozen=True, kw_only=True):
     """An injected fault has struck."""
 
-    worker_id: int
-    point: str
-    rid: str
+    worker_id: WorkerId
+    point: Reason
+    rid: Rid
 
 
 class PeerDiedAck(Message, frozen=True, kw_only=True):
     """All this worker had to say that bears on the dead one was sent before."""
 
-    event_id: int
-    worker_id: int
+    event_id: SequenceId
+    worker_id: WorkerId
 
 
 class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """What the integrity check compares: free slots, and KV tokens by owner."""
+    """What the integrity check compares: free slots, and KV tokens by owner. ``kv_cached`` of the
+    prefix cache can be evicted, ``kv_locked`` of it is in use by requests (0 when idle)."""
 
-    kv_free: int
-    kv_cached: int
-    request_slots_free: int
-    metadata_slots_free: int
-    requests: int
+    kv_free: Count
+    kv_cached: Count
+    kv_locked: Count
+    request_slots_free: Count
+    metadata_slots_free: Count
+    requests: Count
     idle: bool
 
 
@@ -149,45 +168,53 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     """A worker's load, and the requests that left it since its last report.
 
     ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
+    ``dropped_frames``: control messages this worker has not let in since its start.
     """
 
-    worker_id: int
-    incarnation: int
+    worker_id: WorkerId
+    incarnation: Count
     load: WorkerLoad
-    finished: list[str]
+    finished: Annotated[list[Rid], msgspec.Meta(max_length=MAX_LISTED)]
     pools: PoolCounters
-    migrations_in: int
-    migrations_out: int
-    retracted: int
-    decode_step_ms: float
+    migrations_in: Count
+    migrations_out: Count
+    retracted: Count
+    decode_step_ms: Seconds
+    dropped_frames: Count = 0
 
 
 class MigrationResult(Message, frozen=True, kw_only=True):
     """How a migration ended, told by its source.
 
     ``outcome``: completed, refused, failed or cancelled; ``reason`` says why unless completed.
-    ``duration_s``: from the command to the end. ``kv_bytes``: bytes of KV sent.
+    ``duration_s``: from the command to the end. ``tokens``: what the request held at the end;
+    ``tokens_sent``: those whose KV was sent, ``tokens_saved``: those the target's cache held
+    already (0 unless completed). ``kv_bytes``: bytes of KV sent, in whole pages.
     """
 
-    migration_id: int
-    rid: str
-    source: int
-    target: int
-    outcome: str
-    reason: str
-    tokens: int
-    kv_bytes: int
-    duration_s: float
+    migration_id: SequenceId
+    rid: Rid
+    source: WorkerId
+    target: WorkerId
+    outcome: Outcome
+    reason: Reason
+    tokens: Count
+    tokens_sent: Count
+    tokens_saved: Count
+    kv_bytes: Count
+    duration_s: Seconds
 
 
 class Landed(Message, frozen=True, kw_only=True):
     """The target emitted its first token of a moved request ``blackout_s`` after the last one
-    of the source (wall clocks of both hosts)."""
+    of the source (wall clocks of both hosts); ``steps``: decode steps the target ended in that
+    time, the request's own included."""
 
-    migration_id: int
-    rid: str
-    worker_id: int
-    blackout_s: float
+    migration_id: SequenceId
+    rid: Rid
+    worker_id: WorkerId
+    blackout_s: ClockDifference
+    steps: Count
 
 
 # --- worker -> worker -----------------------------------------------------------------------
@@ -197,11 +224,11 @@ class Offer(Message, frozen=True, kw_only=True):
     """Source: take this request? It holds ``tokens`` of KV now and may grow by ``headroom``
     until the hand-over. ``room`` names the KV transfer."""
 
-    migration_id: int
-    source: int
-    room: int
-    tokens: int
-    headroom: int
+    migration_id: SequenceId
+    source: WorkerId
+    room: Room
+    tokens: Count
+    headroom: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
     spec: RequestSpec
     output_ids: bytes
 
@@ -209,67 +236,69 @@ class Offer(Message, frozen=True, kw_only=True):
 class Accept(Message, frozen=True, kw_only=True):
     """Target: memory is reserved; send KV from token ``prefix_tokens`` on."""
 
-    migration_id: int
-    worker_id: int
-    prefix_tokens: int
+    migration_id: SequenceId
+    worker_id: WorkerId
+    prefix_tokens: Count
 
 
 class Refuse(Message, frozen=True, kw_only=True):
     """Target: no, for ``reason`` (a key of the refusal table, then free text)."""
 
-    migration_id: int
-    worker_id: int
-    reason: str
+    migration_id: SequenceId
+    worker_id: WorkerId
+    reason: Reason
 
 
 class Commit(Message, frozen=True, kw_only=True):
     """Source: it has stopped; this is its final state, and the last KV pages are on their way.
 
-    ``stopped_at``: wall clock (s) of the last step on the source.
+    ``stopped_at``: wall clock (s) of the last step on the source. ``kv_checksum``: CRC-32 of the
+    KV that was sent, if the source computes one.
     """
 
-    migration_id: int
-    source: int
-    tokens: int
+    migration_id: SequenceId
+    source: WorkerId
+    tokens: Count
     state: RequestState
-    stopped_at: float
+    stopped_at: Seconds
+    kv_checksum: Annotated[int, msgspec.Meta(ge=0, lt=2**32)] | None = None
 
 
 class Committed(Message, frozen=True, kw_only=True):
     """Target: state and KV are complete; it owns the request from here on."""
 
-    migration_id: int
-    worker_id: int
+    migration_id: SequenceId
+    worker_id: WorkerId
 
 
 class Cancel(Message, frozen=True, kw_only=True):
     """Source: forget this migration; no byte of it is in flight any more."""
 
-    migration_id: int
-    source: int
-    reason: str
+    migration_id: SequenceId
+    source: WorkerId
+    reason: Reason
 
 
 class Cancelled(Message, frozen=True, kw_only=True):
     """Target: forgotten, its memory is free again; the source owns the request."""
 
-    migration_id: int
-    worker_id: int
+    migration_id: SequenceId
+    worker_id: WorkerId
 
 
 class TransferFailed(Message, frozen=True, kw_only=True):
     """Target: the KV did not arrive; it waits for ``Cancel`` before it frees the memory."""
 
-    migration_id: int
-    worker_id: int
-    reason: str
+    migration_id: SequenceId
+    worker_id: WorkerId
+    reason: Reason
 
 
 class ForwardAbort(Message, frozen=True, kw_only=True):
     """Source: the client aborted the request after ``Commit`` had gone out."""
 
-    migration_id: int
-    source: int
+    migration_id: SequenceId
+    source: WorkerId
 
 
 # --- controller <-> token ledger ------------------------------------------------------------
@@ -278,8 +307,8 @@ class ForwardAbort(Message, frozen=True, kw_only=True):
 class FenceRequests(Message, frozen=True, kw_only=True):
     """Let only these attempts speak from here on (rid of the client: attempt)."""
 
-    fence_id: int
-    attempts: dict[str, int]
+    fence_id: SequenceId
+    attempts: dict[Rid, Count]
 
 
 class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -288,17 +317,17 @@ class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):
     ``ended``: its last token or an error went out. ``output_ids``: little-endian int32.
     """
 
-    rid: str
+    rid: Rid
     ended: bool
     output_ids: bytes
-    cached_tokens: int
-    reasoning_tokens: int
+    cached_tokens: Count
+    reasoning_tokens: Count
 
 
 class Fenced(Message, frozen=True, kw_only=True):
     """The fence is up."""
 
-    fence_id: int
+    fence_id: SequenceId
     requests: list[EmittedTokens]
 
 
@@ -308,46 +337,46 @@ class Fenced(Message, frozen=True, kw_only=True):
 class StatusQuery(Message, frozen=True, kw_only=True):
     """Ask for the cluster's status."""
 
-    query_id: int
+    query_id: SequenceId
 
 
 class RequestsQuery(Message, frozen=True, kw_only=True):
     """Ask for the live requests."""
 
-    query_id: int
+    query_id: SequenceId
 
 
 class MigrateQuery(Message, frozen=True, kw_only=True):
     """Ask for a migration, and for its outcome."""
 
-    query_id: int
-    rid: str
-    target: int
+    query_id: SequenceId
+    rid: Rid
+    target: WorkerId
 
 
 class DrainQuery(Message, frozen=True, kw_only=True):
     """Empty a worker and give it no further requests, or (``drain`` false) use it again."""
 
-    query_id: int
-    worker_id: int
+    query_id: SequenceId
+    worker_id: WorkerId
     drain: bool
 
 
 class FaultQuery(Message, frozen=True, kw_only=True):
     """Inject a fault on a worker, or (no worker) ask which have struck."""
 
-    query_id: int
-    worker_id: int | None
-    point: str
-    action: str
-    seconds: float
+    query_id: SequenceId
+    worker_id: WorkerId | None
+    point: Reason
+    action: Reason
+    seconds: Seconds
 
 
 class QueryReply(Message, frozen=True, kw_only=True):
     """Answer to any query: an HTTP status and a JSON document (as bytes)."""
 
-    query_id: int
-    status: int
+    query_id: SequenceId
+    status: HttpStatus
     body: bytes
 
 
@@ -404,4 +433,10 @@ class Decoder:
         """One message."""
         if len(frame) > MAX_MESSAGE_BYTES:
             raise msgspec.ValidationError(f"message of {len(frame)} bytes is too large")
-        return self._decoder.decode(frame)
+        try:
+            return self._decoder.decode(frame)
+        except msgspec.MsgspecError:
+            raise
+        except Exception as error:
+            # Text that is not UTF-8, arrays within arrays without end, and the like.
+            raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None

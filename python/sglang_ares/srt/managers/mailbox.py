@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import zmq
 
+from sglang_ares.srt.security.curve import CurveKeys
+from sglang_ares.srt.security.dropped import DroppedFrames
+from sglang_ares.srt.security.sockets import BoundSocket, connected_socket
+
 
 class Mailbox:
     """Receives on ``endpoint`` (ZMQ PULL, bound) and sends to named peers (ZMQ PUSH).
 
-    Messages to one peer arrive in the order they were sent.
+    Messages to one peer arrive in the order they were sent. With ``keys`` only peers that hold
+    an admitted key are heard (the context's handler is the owner's: :meth:`CurveKeys.admit`).
+    What is not let in counts in ``dropped``.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        keys: CurveKeys | None = None,
+        dropped: DroppedFrames | None = None,
+    ) -> None:
         self._context = context
+        self._keys = keys
         self.endpoint = endpoint
-        self.socket = context.socket(zmq.PULL)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.bind(endpoint)
+        self.dropped = dropped or DroppedFrames(endpoint)
+        self._inbound = BoundSocket(context, zmq.PULL, endpoint, keys=keys, dropped=self.dropped)
+        self.socket = self._inbound.socket
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._endpoints: dict[str, str] = {}
 
@@ -26,11 +39,7 @@ class Mailbox:
         if self._endpoints.get(peer) == endpoint:
             return
         self.disconnect(peer)
-        socket = self._context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.connect(endpoint)
-        self._peers[peer] = socket
+        self._peers[peer] = connected_socket(self._context, zmq.PUSH, endpoint, keys=self._keys)
         self._endpoints[peer] = endpoint
 
     def disconnect(self, peer: str) -> None:
@@ -45,21 +54,19 @@ class Mailbox:
         return peer in self._peers
 
     def send(self, peer: str, frame: bytes) -> None:
-        """Queue ``frame`` for ``peer``; :class:`KeyError` if it was never connected."""
-        self._peers[peer].send(frame, flags=zmq.NOBLOCK)
+        """Queue ``frame`` for ``peer``; :class:`KeyError` if it was never connected. A peer that
+        has refused the connection (other keys) misses it, as it would if it were gone."""
+        try:
+            self._peers[peer].send(frame, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            self.dropped.count(f"peer {peer} refuses the connection: nothing can be sent to it")
 
     def drain(self, limit: int = 1024) -> list[bytes]:
         """The frames that have arrived, at most ``limit``."""
-        frames: list[bytes] = []
-        while len(frames) < limit:
-            try:
-                frames.append(self.socket.recv(flags=zmq.NOBLOCK))
-            except zmq.Again:
-                break
-        return frames
+        return [frame for (frame,) in self._inbound.receive(1, limit)]
 
     def close(self) -> None:
         """Close all sockets."""
         for peer in list(self._peers):
             self.disconnect(peer)
-        self.socket.close(linger=0)
+        self._inbound.close()

@@ -10,9 +10,12 @@ from array import array
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_policy import match_prefix_for_req
 from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.runtime_context import get_disagg
 
 from sglang_ares.plugin import RESUMED_WITH_OUTPUT
+from sglang_ares.srt.disaggregation.checks import WorkerFacts
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
@@ -33,9 +36,16 @@ class SchedulerMigrationHost:
         self._scheduler = scheduler
         self._limits = limits
         self.link = link
+        self.dropped = scheduler.ares.dropped
+        self.facts = WorkerFacts(
+            vocab_size=scheduler.model_config.vocab_size,
+            max_tokens=min(
+                scheduler.req_to_token_pool.max_context_len, scheduler.max_total_num_tokens
+            ),
+        )
         self.worker_id: int = scheduler.ares.worker_id
-        # Requests about to enter a batch with output they did not produce in it.
-        self._resumed: list[Req] = []
+        self.speaks: bool = scheduler.ares.speaks
+        self.kv_capacity = int(scheduler.max_total_num_tokens)
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -78,22 +88,20 @@ class SchedulerMigrationHost:
 
     def resume(self, req: Req) -> None:
         """Put a stopped request, or one that has just arrived, into the next batch."""
-        self._resumed.append(req)
         self._scheduler.waiting_queue.append(req)
 
-    def pop_resumed(self, reqs: list[Req], recovered: list[Req]) -> list[Req]:
-        """Those of ``reqs`` that enter the batch with output, ``recovered`` ones among them."""
-        entering = [r for r in self._resumed if any(r is q for q in reqs)] + recovered
-        # The rest still waits, or was aborted while it did.
-        waiting = self._scheduler.waiting_queue
-        self._resumed = [r for r in self._resumed if any(r is q for q in waiting)]
+    def entering_with_output(self, reqs: list[Req]) -> list[Req]:
+        """Those of ``reqs`` that enter the batch with output they did not produce in it: moved,
+        resumed, or retracted before. (The first output token is the prefill worker's.)"""
+        entering = [r for r in reqs if len(r.output_ids) > 1]
         if self._scheduler.enable_overlap:
             for req in entering:
                 setattr(req, RESUMED_WITH_OUTPUT, True)
         return entering
 
     def release(self, req: Req) -> None:
-        """Free the memory of a request that another worker owns now."""
+        """Free the memory of a request that another worker owns now; the prefix cache, where
+        there is one, keeps its tokens."""
         release_kv_cache(req, self._scheduler.tree_cache)
         self._scheduler.ares.forget_moved(req.rid)
 
@@ -145,9 +153,19 @@ class SchedulerMigrationHost:
 
     # --- memory -----------------------------------------------------------------------------
 
+    @property
+    def _caches_prefixes(self) -> bool:
+        return bool(get_disagg().disaggregation_decode_enable_radix_cache)
+
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker takes no further request now."""
         scheduler = self._scheduler
+        if offer.spec.rid in scheduler.ares.received:
+            return "the request is here already"
+        adapters = scheduler.tp_worker.model_runner.lora_manager
+        lora_id = offer.spec.lora_id
+        if lora_id is not None and (adapters is None or lora_id not in adapters.lora_refs):
+            return "the LoRA adapter is not loaded here"
         if scheduler._engine_paused:
             return "engine paused"
         if len(scheduler.inbound_migrations()) > self._limits.max_inbound:
@@ -158,23 +176,46 @@ class SchedulerMigrationHost:
             return "no running slot"
         return None
 
-    def reserve(self, req: Req, offer: Offer) -> int | None:
-        """Allocate a row and KV for the request's tokens and its growth during the copy."""
+    def lock_prefix(self, req: Req, offer: Offer) -> int:
+        """Match the request's tokens, output included, as upstream's decode side matches prompts.
+
+        The key ends before the last token, so that a page is left for the source to send."""
+        tree = self._scheduler.tree_cache
+        if not self._caches_prefixes:
+            return 0
+        tokens = (req.origin_input_ids + unpack_ids(offer.output_ids))[: offer.tokens - 1]
+        match = match_prefix_for_req(tree, req, tokens, include_req=True)
+        lock = tree.inc_lock_ref(match.last_device_node)
+        req.lock_receipt = lock.to_dec_params()
+        req.kv.cache_protected_len = len(req.prefix_indices)
+        return req.kv.cache_protected_len
+
+    def unlock_prefix(self, req: Req) -> None:
+        """Let go of the matched prefix; the request is not to be used any further."""
+        if self._caches_prefixes:
+            self._scheduler.tree_cache.unpin(req)
+            req.last_node = None
+
+    def reserve(self, req: Req, offer: Offer) -> bool:
+        """Allocate a row, and KV behind the prefix for the request's tokens and its growth during
+        the copy. What can be evicted counts as free; what was matched no longer can be."""
         scheduler = self._scheduler
         queue = scheduler.disagg_decode_prealloc_queue
         if scheduler.req_to_token_pool.available_size() <= 0:
-            return None
+            return False
         budget = queue._allocatable_token_budgets(
             count_retracted=True, extra_reserved_reqs=len(scheduler.inbound_migrations())
         )
-        if self.link.page_count(offer.tokens + offer.headroom) * self.link.page_size > budget:
-            return None
+        prefix = req.kv.cache_protected_len
+        wanted = offer.tokens + offer.headroom
+        if self.link.page_count(wanted - prefix) * self.link.page_size > budget:
+            return False
         # Upstream sizes the allocation by the output; pad it to tokens + headroom.
-        output = unpack_ids(offer.output_ids)
-        req.output_ids = output[:-1] + array("q", [0]) * offer.headroom
+        output = unpack_ids(offer.output_ids) + array("q", [0]) * offer.headroom
+        req.output_ids = output[: wanted - len(req.origin_input_ids)]
         req.pd_rebootstrap_in_progress = True
-        queue._pre_alloc(req)
-        return 0
+        queue._pre_alloc(req, req.prefix_indices if prefix else None, prefix)
+        return True
 
     def trim(self, req: Req, tokens: int) -> None:
         """Free the reserved KV beyond ``tokens``."""
@@ -190,7 +231,7 @@ class SchedulerMigrationHost:
         req.full_untruncated_fill_ids = array("q")
 
     def unreserve(self, req: Req) -> None:
-        """Free all reserved KV."""
+        """Free all reserved KV, and let go of the prefix."""
         release_kv_cache(req, self._scheduler.tree_cache, is_insert=False)
 
     def alloc_metadata(self) -> int | None:
@@ -220,6 +261,10 @@ class SchedulerMigrationHost:
     def report(self, message: Message) -> None:
         """Tell the controller."""
         self._scheduler.ares.report(message)
+
+    def decode_step_s(self) -> float:
+        """How long a decode step took lately; 0 if there was none."""
+        return self._scheduler.ares.decode_step_s
 
     def wall_clock(self) -> float:
         """Seconds since the epoch."""

@@ -11,14 +11,15 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.runtime_context import get_parallel
-from sglang.srt.utils import broadcast_pyobj
 
+from sglang_ares.srt.disaggregation.checks import resume_fault
 from sglang_ares.srt.disaggregation.faults import FaultInjector
 from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
 from sglang_ares.srt.disaggregation.resume import ResumedRequests
+from sglang_ares.srt.managers.control_intake import ControlIntake, ControlRequestReceiver
 from sglang_ares.srt.managers.heartbeat import start_heartbeat
 from sglang_ares.srt.managers.io_struct import (
     ConnectPeers,
@@ -28,7 +29,6 @@ from sglang_ares.srt.managers.io_struct import (
     PeerDied,
     PeerDiedAck,
     Resume,
-    StartMigration,
 )
 from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
@@ -43,6 +43,9 @@ from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler_components.request_receiver import (
+        SchedulerRequestReceiver,
+    )
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.srt.disaggregation.source import SourceMigration
@@ -95,6 +98,20 @@ class AresScheduler(Scheduler):
         if self._ares_rank_zero:
             self.load_snapshot_writer = WorkerLoadWriter(self.spec)
 
+    def init_request_receiver(self) -> None:
+        """Upstream's receiver; its broadcast takes the control messages along."""
+        super().init_request_receiver()
+        upstreams: SchedulerRequestReceiver = self.request_receiver  # type: ignore[has-type]
+        self._intake = ControlIntake(self.ares.drain, self._waits_for_time, self._digest)
+        self.request_receiver = ControlRequestReceiver.around(upstreams, self._intake)
+
+    def _waits_for_time(self) -> bool:
+        migrating = self.migrations is not None and self.migrations.active
+        return migrating or self.ares.report_is_due(time.monotonic())
+
+    def _digest(self) -> int:
+        return self.migrations.digest.value if self.migrations is not None else 0
+
     def init_idle_sleeper(self) -> None:
         """An idle worker wakes up for control messages too."""
         super().init_idle_sleeper()
@@ -111,7 +128,9 @@ class AresScheduler(Scheduler):
             link = KvLink(self, self.spec.bootstrap_host, self.spec.bootstrap_port)
             self._host = SchedulerMigrationHost(self, link, self.spec.limits)
             if self.spec.fault_injection:
-                self._faults = FaultInjector(self.ares.worker_id, self.ares.report, time.monotonic)
+                self._faults = FaultInjector(
+                    self.ares.worker_id, self.ares.report, lambda: self._intake.now
+                )
             self.migrations = MigrationManager(self._host, self.spec.limits, self._faults)
             self.resumed = ResumedRequests(self)
 
@@ -124,10 +143,11 @@ class AresScheduler(Scheduler):
     # --- the event loop ---------------------------------------------------------------------
 
     def ingest_requests(self) -> list[Any]:
-        """Upstream's input, and the control messages; all ranks see the same ones."""
+        """Upstream's input, and the control messages; all ranks see the same ones, and the same
+        clock wherever it decides anything."""
         received: list[Any] = super().ingest_requests()
-        now = time.monotonic()
-        for frame in self._control_frames():
+        now = self._intake.now
+        for frame in self._intake.pop_frames():
             message = self.ares.decode(frame)
             if message is not None:
                 self._handle_control(message, now)
@@ -145,17 +165,22 @@ class AresScheduler(Scheduler):
         elif isinstance(message, Discard):
             self._discard(message)
         elif self.migrations is None or self.resumed is None:
-            logger.warning("dropped a %s: not a decode worker", type(message).__name__)
+            self.ares.dropped.count(f"{type(message).__name__} is not for a prefill worker")
         elif isinstance(message, Resume):
-            if not self.ares.is_void(message.spec.rid):
-                self.resumed.start(message)
+            self._resume(message)
         elif isinstance(message, InjectFault):
             if self._faults is not None:
                 self._faults.arm(message)
-        elif isinstance(message, StartMigration):
-            self.migrations.start(message, now)
         else:
-            self.migrations.handle(message, now)
+            self.migrations.receive(message, now)
+
+    def _resume(self, message: Resume) -> None:
+        assert self.resumed is not None
+        fault = resume_fault(message, self._host.facts)
+        if fault is not None:
+            self.ares.dropped.count(f"Resume of {message.spec.rid}: {fault}")
+        elif not self.ares.is_void(message.spec.rid):
+            self.resumed.start(message)
 
     def _let_go_of(self, message: PeerDied, now: float) -> None:
         """A worker died: migrations with it end, and nothing waits for its KV any longer."""
@@ -172,15 +197,9 @@ class AresScheduler(Scheduler):
             self.ares.note_void(rid)
             self.abort_request(AbortReq(rid=rid))
 
-    def _control_frames(self) -> list[bytes]:
-        frames = self.ares.drain()
-        if get_parallel().tp_size > 1:
-            group = self.tp_group
-            frames = broadcast_pyobj(frames, group.rank, self.tp_cpu_group, src=group.ranks[0])
-        return frames
-
     def _connect(self, message: ConnectPeers) -> None:
-        self.ares.connect(message.peers)
+        if not self.ares.connect(message.peers):
+            return
         if self.migrations is None:
             return
         self.migrations.connect(message.peers)
@@ -193,7 +212,7 @@ class AresScheduler(Scheduler):
     def process_decode_queue(self) -> None:
         """Advance the migrations between two steps, then upstream's own transfers."""
         assert self.migrations is not None
-        self.migrations.tick(time.monotonic())
+        self.migrations.tick(self._intake.now)
         super().process_decode_queue()
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
@@ -216,7 +235,7 @@ class AresScheduler(Scheduler):
         if self._was_busy:
             self._was_busy = False
             self.check_integrity()
-            self.ares.report_load(self, time.monotonic(), force=True)
+            self.ares.report_load(self, self._intake.now, force=True)
         super().on_idle()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
@@ -240,7 +259,7 @@ class AresScheduler(Scheduler):
         """A request built for a migration goes to its migration, not to the queue."""
         if is_retracted:
             self.ares.retracted += 1
-        elif self.migrations is not None and self.migrations.take_built(req, time.monotonic()):
+        elif self.migrations is not None and self.migrations.take_built(req, self._intake.now):
             return
         elif self.resumed is not None and self.resumed.take_built(req):
             req.time_stats.set_decode_prealloc_queue_entry_time()
@@ -252,18 +271,19 @@ class AresScheduler(Scheduler):
         if recv_req.rid:
             self.ares.note_aborted(recv_req.rid)
         if self.migrations is not None:
-            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, time.monotonic())
+            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, self._intake.now)
         super().abort_request(recv_req)
 
     def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
-        """Upstream's batch of requests whose KV has arrived; penalties of resumed ones restored."""
+        """Upstream's batch of requests whose KV is here; the penalties of those that come with
+        output restored. (Upstream starts the penalties of a retracted request anew.)"""
         batch = super()._get_new_prebuilt_batch(running_batch)
         if batch is not None:
             assert self.resumed is not None
-            recovered = self.resumed.entering(batch.reqs)
-            resumed = self._host.pop_resumed(batch.reqs, recovered)
-            if resumed:
-                seed_penalties(batch, resumed, overlap=self.enable_overlap)
+            self.resumed.note_entering(batch.reqs)
+            entering = self._host.entering_with_output(batch.reqs)
+            if entering:
+                seed_penalties(batch, entering, overlap=self.enable_overlap)
         return batch
 
     def is_movable(self, req: Req, recv_req: TokenizedGenerateReqInput) -> bool:
@@ -322,11 +342,12 @@ class AresScheduler(Scheduler):
             start.metadata_slots_free,
         )
         found = (here.kv_free + here.kv_cached, here.request_slots_free, here.metadata_slots_free)
-        if found != expected:
+        if found != expected or here.kv_locked:
             logger.error(
                 "integrity check failed on worker %d: (KV tokens, request slots, metadata slots) "
-                "are %s, were %s at start",
+                "are %s, were %s at start; %d KV tokens of the prefix cache are locked",
                 self.ares.worker_id,
                 found,
                 expected,
+                here.kv_locked,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_ares.srt.managers.cluster import WorkerProcess, WorkerStartError
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Between restarts of one worker: the first comes at once, then these seconds, doubling.
+# A worker that served is started anew at once. One that could not even be started is given this
+# long, doubling with every failure in a row.
 _BACKOFF_S = 1.0
+_LONGEST_BACKOFF_S = 60.0
+# After serving this long a worker's earlier restarts no longer count.
+_FORGIVEN_AFTER_S = 600.0
 
 
 class SupervisorHost(Protocol):
@@ -59,10 +64,15 @@ class Supervisor:
         self._heard: dict[tuple[int, int], float] = {}
         self._last_tick = now
         self._restart_at: dict[int, float] = {}
+        # By worker: restarts that count; starts that failed since it last served; serving since.
+        self._strikes: Counter[int] = Counter()
+        self._failed_starts: Counter[int] = Counter()
+        self._serving_since: dict[int, float] = {}
         for worker in cluster.workers:
             self._expect(worker, now)
 
     def _expect(self, worker: WorkerProcess, now: float) -> None:
+        self._serving_since[worker.spec.worker_id] = now
         for rank in range(len(worker.processes)):
             self._heard[worker.spec.worker_id, rank] = now
 
@@ -108,14 +118,24 @@ class Supervisor:
     def _bury(self, worker: WorkerProcess, now: float) -> None:
         worker_id = worker.spec.worker_id
         view = self._state.workers[worker_id]
-        if view.incarnation >= self._max_restarts:
+        since = self._serving_since.pop(worker_id, None)
+        if since is not None:
+            self._failed_starts[worker_id] = 0
+            if now - since > _FORGIVEN_AFTER_S:
+                self._strikes[worker_id] = 0
+        else:
+            self._failed_starts[worker_id] += 1
+        if self._strikes[worker_id] >= self._max_restarts:
             view.state = FAILED_FOR_GOOD
-            view.reason += f"; it was restarted {view.incarnation} times (--ares-max-restarts)"
+            strikes = self._strikes[worker_id]
+            view.reason += f"; it was restarted {strikes} times (--ares-max-restarts)"
             logger.error("%s is left out: %s", worker.name, view.reason)
         else:
             view.state = RESTARTING
-            wait_s = _BACKOFF_S * 2 ** (view.incarnation - 1) if view.incarnation else 0.0
-            self._restart_at[worker_id] = now + wait_s
+            self._strikes[worker_id] += 1
+            failures = self._failed_starts[worker_id]
+            wait_s = _BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
+            self._restart_at[worker_id] = now + min(wait_s, _LONGEST_BACKOFF_S)
         self._host.on_worker_dead(worker_id)
 
     def _bring_back(self, worker: WorkerProcess, now: float) -> None:

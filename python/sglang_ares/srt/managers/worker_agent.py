@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import zmq
 
+from sglang_ares.srt.disaggregation.checks import peers_fault
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     Landed,
@@ -24,6 +26,8 @@ from sglang_ares.srt.managers.io_struct import (
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.policy.types import DECODE, RequestLoad, WorkerLoad
+from sglang_ares.srt.security.bounds import MAX_LISTED
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROLLER: Final = "controller"
+# Ends of decode steps kept to count those within a pause; weight of the newest step in the mean.
+_STEPS_REMEMBERED: Final = 256
+_STEP_WEIGHT: Final = 0.1
 
 # Rids remembered of requests that are gone.
 _REMEMBERED: Final = 8192
@@ -58,21 +65,30 @@ class WorkerAgent:
         self.worker_id = spec.worker_id
         self.role = spec.role
         self._incarnation = spec.incarnation
+        self.speaks = speaks
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
+        self.dropped = DroppedFrames(f"worker-{spec.worker_id}")
         self._mailbox: Mailbox | None = None
         if speaks:
-            self._mailbox = Mailbox(zmq.Context(1), spec.control_endpoint)
+            context = zmq.Context(1)
+            # Kept: it stops when nobody refers to it any more.
+            self._admission = spec.curve_keys and spec.curve_keys.admit(context)
+            self._mailbox = Mailbox(
+                context, spec.control_bind, keys=spec.curve_keys, dropped=self.dropped
+            )
             self._mailbox.connect(CONTROLLER, spec.controller_endpoint)
         # What the front sent for each live request, to send along when it moves.
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self._arrived_at: dict[str, float] = {}
         self._landings: list[_Landing] = []
         self._last_report = float("-inf")
-        self._dropped_frames = 0
         self._decode_steps = 0
         self._decode_time_s = 0.0
         self._last_step_end: float | None = None
+        # Seconds of a decode step, recent ones weighing more; 0 before the first.
+        self.decode_step_s = 0.0
+        self._step_ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
         self.retracted = 0
         # Attempts that were declared void, and requests whose client has left.
         self._void: OrderedDict[str, None] = OrderedDict()
@@ -94,21 +110,32 @@ class WorkerAgent:
         try:
             message: Message = self._decoder.decode(frame)
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            self._dropped_frames += 1
-            logger.warning("dropped a malformed control message: %s", error)
+            self.dropped.count(f"malformed: {error}")
             return None
         return message
 
-    def connect(self, peers: list[Peer]) -> None:
-        """Make all workers reachable, this one included (a message to oneself is legal)."""
-        if self._mailbox is not None:
-            for peer in peers:
-                self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+    def connect(self, peers: list[Peer]) -> bool:
+        """Make all workers reachable, this one included (a message to oneself is legal); false if
+        the list cannot be true."""
+        fault = peers_fault(peers, self.worker_id, self.role)
+        try:
+            if fault is None and self._mailbox is not None:
+                for peer in peers:
+                    self._mailbox.connect(str(peer.worker_id), peer.control_endpoint)
+        except zmq.ZMQError as error:
+            fault = f"an endpoint cannot be connected to: {error}"
+        if fault is not None:
+            self.dropped.count(f"ConnectPeers: {fault}")
+        return fault is None
 
     def send(self, worker_id: int, message: Message) -> None:
-        """Send to a peer; a peer that died is not there to be told."""
-        if self._mailbox is not None and self._mailbox.knows(str(worker_id)):
+        """Send to a peer; one that died is not there to be told."""
+        if self._mailbox is None:
+            return
+        if self._mailbox.knows(str(worker_id)):
             self._mailbox.send(str(worker_id), encode(message))
+        else:
+            self.dropped.count(f"{type(message).__name__} for unknown worker {worker_id}")
 
     def report(self, message: Message) -> None:
         """Send to the controller."""
@@ -162,38 +189,60 @@ class WorkerAgent:
         """Note the step's duration, and the first tokens of landed requests."""
         if continuous and self._last_step_end is not None:
             self._decode_steps += 1
-            self._decode_time_s += now - self._last_step_end
+            took = now - self._last_step_end
+            self._decode_time_s += took
+            weight = _STEP_WEIGHT if self.decode_step_s else 1.0
+            self.decode_step_s += weight * (took - self.decode_step_s)
         self._last_step_end = now
+        self._step_ends.append(time.time())
         if not self._landings:
             return
         waiting = []
         for landing in self._landings:
             if len(landing.req.output_ids) > landing.output_tokens:
-                self.report(
-                    Landed(
-                        migration_id=landing.migration_id,
-                        rid=landing.req.rid,
-                        worker_id=self.worker_id,
-                        blackout_s=time.time() - landing.stopped_at,
-                    )
-                )
+                self._report_landed(landing)
             elif not landing.req.finished() and landing.req.rid in self.received:
                 waiting.append(landing)
         self._landings = waiting
 
+    def _report_landed(self, landing: _Landing) -> None:
+        pause_s = time.time() - landing.stopped_at
+        steps = sum(end > landing.stopped_at for end in self._step_ends)
+        logger.info(
+            "migration %d rid=%s landed on=%d pause_ms=%.1f steps=%d",
+            landing.migration_id,
+            landing.req.rid,
+            self.worker_id,
+            1e3 * pause_s,
+            steps,
+        )
+        self.report(
+            Landed(
+                migration_id=landing.migration_id,
+                rid=landing.req.rid,
+                worker_id=self.worker_id,
+                blackout_s=pause_s,
+                steps=steps,
+            )
+        )
+
     # --- reports ----------------------------------------------------------------------------
 
+    def report_is_due(self, now: float) -> bool:
+        """Whether the report interval is over."""
+        return now - self._last_report >= self._interval_s
+
     def report_load(self, scheduler: AresScheduler, now: float, *, force: bool = False) -> None:
-        """Tell the controller this worker's load, at most every report interval."""
-        if self._mailbox is None or (not force and now - self._last_report < self._interval_s):
+        """Tell the controller this worker's load, at most every report interval.
+
+        ``now`` is the same on all ranks; those that say nothing only forget their ended requests.
+        """
+        if not force and not self.report_is_due(now):
             return
         self._last_report = now
-        live = {req.rid for req in scheduler.live_requests()}
-        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
-        finished = [r for r in self.received if r not in live and r not in arriving]
-        for rid in finished:
-            del self.received[rid]
-            self._arrived_at.pop(rid, None)
+        finished = self._forget_ended(scheduler)
+        if not self.speaks:
+            return
         step_ms = 1e3 * self._decode_time_s / self._decode_steps if self._decode_steps else 0.0
         self._decode_steps = 0
         self._decode_time_s = 0.0
@@ -201,17 +250,29 @@ class WorkerAgent:
             WorkerReport(
                 worker_id=self.worker_id,
                 incarnation=self._incarnation,
-                load=self._load(scheduler, now),
+                load=self._load(scheduler, now, step_ms),
                 finished=finished,
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
                 migrations_out=len(scheduler.outbound_migrations()),
                 retracted=self.retracted,
                 decode_step_ms=step_ms,
+                dropped_frames=self.dropped.total,
             )
         )
 
-    def _load(self, scheduler: AresScheduler, now: float) -> WorkerLoad:
+    def _forget_ended(self, scheduler: AresScheduler) -> list[str]:
+        """Drop what was kept of requests that are not here any more; their rids."""
+        live = {req.rid for req in scheduler.live_requests()}
+        arriving = {m.record.rid for m in scheduler.inbound_migrations()}
+        gone = (r for r in self.received if r not in live and r not in arriving)
+        ended = list(islice(gone, MAX_LISTED))
+        for rid in ended:
+            del self.received[rid]
+            self._arrived_at.pop(rid, None)
+        return ended
+
+    def _load(self, scheduler: AresScheduler, now: float, step_ms: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
         queued = scheduler.queued_requests()
         capacity = int(scheduler.max_total_num_tokens)
@@ -220,19 +281,30 @@ class WorkerAgent:
         return WorkerLoad(
             worker_id=self.worker_id,
             role=self.role,
-            kv_tokens=int(held),
+            kv_tokens=max(0, int(held)),
             kv_capacity=capacity,
             running=len(running),
             queued=len(queued),
-            queued_tokens=sum(len(r.origin_input_ids) for r in queued if not r.kv.holds_kv),
-            requests=tuple(self._request_load(scheduler, r, now) for r in (*running, *queued)),
+            queued_tokens=sum(r.seqlen for r in queued if not r.kv.holds_kv),
+            decode_step_ms=step_ms,
+            requests=(
+                *(self._request_load(scheduler, r, now, runs=True) for r in running[:MAX_LISTED]),
+                *(
+                    self._request_load(scheduler, r, now, runs=False)
+                    for r in queued[: max(0, MAX_LISTED - len(running))]
+                ),
+            ),
         )
 
-    def _request_load(self, scheduler: AresScheduler, req: Any, now: float) -> RequestLoad:
-        arrived = self._arrived_at.get(req.rid, now)
+    def _request_load(
+        self, scheduler: AresScheduler, req: Any, now: float, *, runs: bool
+    ) -> RequestLoad:
+        # `now` may be from before a request that came in during this iteration.
+        age_s = max(0.0, now - self._arrived_at.get(req.rid, now))
         recv_req = self.received.get(req.rid)
         movable = (
             self.role == DECODE
+            and runs
             and len(req.output_ids) > 0
             and recv_req is not None
             and scheduler.is_movable(req, recv_req)
@@ -241,8 +313,8 @@ class WorkerAgent:
             rid=req.rid,
             tokens=req.seqlen,
             output_tokens=len(req.output_ids),
-            age_s=now - arrived,
-            since_move_s=now - arrived,
+            age_s=age_s,
+            since_move_s=age_s,
             movable=movable,
         )
 
@@ -258,6 +330,7 @@ def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:
     return PoolCounters(
         kv_free=int(scheduler.token_to_kv_pool_allocator.available_size()),
         kv_cached=int(scheduler.tree_cache.evictable_size()),
+        kv_locked=int(scheduler.tree_cache.protected_size()),
         request_slots_free=int(scheduler.req_to_token_pool.available_size()),
         metadata_slots_free=int(scheduler.req_to_metadata_buffer_idx_allocator.available_size()),
         requests=len(scheduler.live_requests()),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs
 
     from sglang_ares.srt.managers.worker_spec import WorkerSpec
+    from sglang_ares.srt.security.control_plane import ControlPlane
 
 
 def leave_ctrl_c_to_the_front() -> None:
@@ -45,12 +46,12 @@ def run_worker_process(
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
 
 
-def run_detokenizer(runtime_dir: str, *args: Any, **kwargs: Any) -> None:
+def run_detokenizer(control: ControlPlane, *args: Any, **kwargs: Any) -> None:
     """Upstream's detokenizer process, with our detokenizer."""
     leave_ctrl_c_to_the_front()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
     from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager
 
-    AresDetokenizerManager.runtime_dir = runtime_dir
+    AresDetokenizerManager.control = control
     run_detokenizer_process(*args, detokenizer_manager_class=AresDetokenizerManager, **kwargs)

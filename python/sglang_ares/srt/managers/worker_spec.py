@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
+from sglang_ares.srt.security.curve import CurveKeys
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class WorkerSpec:
     """One worker. ``server_args`` are upstream's, already set to the worker's role;
-    ``incarnation`` counts its restarts; ``loads_instance_id`` names the shared
-    memory that ``/v1/loads`` reads."""
+    ``incarnation`` counts its restarts; ``loads_instance_id`` names the shared memory that
+    ``/v1/loads`` reads. The mailbox listens on ``control_bind``; others reach it at
+    ``control_endpoint``."""
 
     worker_id: int
     incarnation: int
@@ -32,3 +34,5 @@ class WorkerSpec:
     cluster_size: int
     loads_instance_id: str
     fault_injection: bool
+    control_bind: str
+    curve_keys: CurveKeys | None

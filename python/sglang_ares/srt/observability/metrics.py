@@ -19,8 +19,8 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     (
         "migrations_total",
         "counter",
-        ("outcome", "reason"),
-        "Migrations by outcome (completed, refused, failed, cancelled) and reason.",
+        ("cause", "outcome", "reason"),
+        "Migrations by cause (manual, policy, memory), outcome (completed, …) and reason.",
     ),
     ("migration_seconds", "histogram", (), "Duration of completed migrations, command to end."),
     (
@@ -30,17 +30,34 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Last token on the source to first token on the target.",
     ),
     ("migrated_kv_bytes_total", "counter", (), "Bytes of KV sent by migrations."),
-    ("migrated_tokens_total", "counter", (), "Tokens whose KV was handed over by migrations."),
+    ("migrated_tokens_total", "counter", (), "Tokens of requests that migrations handed over."),
+    ("migration_tokens_sent_total", "counter", (), "Tokens whose KV was sent by migrations."),
+    (
+        "migration_tokens_saved_total",
+        "counter",
+        (),
+        "Tokens handed over without sending: the target's prefix cache held them.",
+    ),
     ("worker_kv_tokens", "gauge", ("worker", "role"), "KV tokens held by requests."),
     ("worker_kv_capacity_tokens", "gauge", ("worker", "role"), "KV tokens a worker can hold."),
     ("worker_running_requests", "gauge", ("worker", "role"), "Requests decoding or prefilling."),
     ("worker_queued_requests", "gauge", ("worker", "role"), "Requests waiting on a worker."),
-    ("worker_retractions_total", "gauge", ("worker", "role"), "Requests retracted since start."),
+    (
+        "retractions_total",
+        "counter",
+        ("worker", "role"),
+        "Requests retracted because a worker's KV ran out.",
+    ),
     ("decode_step_seconds", "gauge", ("worker", "role"), "Mean decode step since last report."),
     ("imbalance_ratio", "gauge", (), "Most resident tokens of a decode worker over the mean."),
     ("worker_losses_total", "counter", ("worker", "role"), "Workers declared dead."),
     ("recovered_requests_total", "counter", (), "Requests continued by a further attempt."),
-    ("dropped_control_frames_total", "counter", (), "Malformed control messages dropped."),
+    (
+        "dropped_control_frames_total",
+        "counter",
+        ("where",),
+        "Control messages not let in, by receiver (controller, front, worker-N).",
+    ),
 )
 
 
@@ -53,6 +70,9 @@ class ControllerMetrics:
         self._model_name = model_name
         self._series: dict[str, Any] = {}
         self._decode_tokens: dict[int, int] = {}
+        # A worker reports its retractions since its start.
+        self._retracted: dict[int, int] = {}
+        self._dropped: dict[str, int] = {}
         for name, kind, labels, text in SERIES:
             full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
             if kind == "counter":
@@ -77,11 +97,13 @@ class ControllerMetrics:
         """A request was sent to a worker."""
         self._of("dispatched_requests_total", worker=worker, role=role).inc()
 
-    def migrated(self, result: MigrationResult) -> None:
-        """A migration ended."""
+    def migrated(self, result: MigrationResult, cause: str) -> None:
+        """A migration, commanded for ``cause``, ended."""
         reason = result.reason.split(":", 1)[0]
-        self._of("migrations_total", outcome=result.outcome, reason=reason).inc()
+        self._of("migrations_total", cause=cause, outcome=result.outcome, reason=reason).inc()
         self._of("migrated_kv_bytes_total").inc(result.kv_bytes)
+        self._of("migration_tokens_sent_total").inc(result.tokens_sent)
+        self._of("migration_tokens_saved_total").inc(result.tokens_saved)
         if result.outcome == "completed":
             self._of("migration_seconds").observe(result.duration_s)
             self._of("migrated_tokens_total").inc(result.tokens)
@@ -98,8 +120,12 @@ class ControllerMetrics:
         self._of("worker_kv_capacity_tokens", **where).set(load.kv_capacity)
         self._of("worker_running_requests", **where).set(load.running)
         self._of("worker_queued_requests", **where).set(load.queued)
-        self._of("worker_retractions_total", **where).set(report.retracted)
+        earlier = self._retracted.get(load.worker_id, 0)
+        new = report.retracted - earlier if report.retracted >= earlier else report.retracted
+        self._retracted[load.worker_id] = report.retracted
+        self._of("retractions_total", **where).inc(new)
         self._of("decode_step_seconds", **where).set(report.decode_step_ms / 1e3)
+        self.dropped(f"worker-{report.worker_id}", report.dropped_frames)
         if load.role == "decode":
             self._decode_tokens[load.worker_id] = load.kv_tokens
             mean = sum(self._decode_tokens.values()) / len(self._decode_tokens)
@@ -114,9 +140,14 @@ class ControllerMetrics:
         """A request goes on by a further attempt."""
         self._of("recovered_requests_total").inc()
 
-    def dropped_frame(self) -> None:
-        """A malformed message was dropped."""
-        self._of("dropped_control_frames_total").inc()
+    def dropped(self, where: str, total: int) -> None:
+        """A receiver has dropped ``total`` messages since it started."""
+        before = self._dropped.get(where, 0)
+        self._dropped[where] = total
+        # Less than before: it has been started anew.
+        self._of("dropped_control_frames_total", where=where).inc(
+            total - before if total >= before else total
+        )
 
 
 class _NoMetrics(ControllerMetrics):
@@ -126,7 +157,7 @@ class _NoMetrics(ControllerMetrics):
 
     def dispatched(self, worker: int, role: str) -> None: ...
 
-    def migrated(self, result: MigrationResult) -> None: ...
+    def migrated(self, result: MigrationResult, cause: str) -> None: ...
 
     def landed(self, message: Landed) -> None: ...
 
@@ -136,4 +167,4 @@ class _NoMetrics(ControllerMetrics):
 
     def recovered(self) -> None: ...
 
-    def dropped_frame(self) -> None: ...
+    def dropped(self, where: str, total: int) -> None: ...

@@ -48,6 +48,20 @@ def activate() -> str | None:
     return f"{__name__}.AresCpuPlatform"
 
 
+def give_cores_to_ranks(tp_size: int) -> None:
+    """Name the cores of each tensor-parallel rank of a worker, unless the operator has.
+
+    Upstream wants a NUMA node per rank otherwise. Without upstream's own CPU kernels the names
+    bind nothing; all workers share the cores.
+    """
+    if tp_size == 1:
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::tp_size] or [cores[rank % len(cores)]] for rank in range(tp_size)]
+    named = "|".join(",".join(map(str, share)) for share in shares)
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", named)
+
+
 def accelerator_present() -> bool:
     """Whether torch sees a CUDA, ROCm, XPU, NPU, MUSA, HPU or MPS device."""
     if torch.cuda.is_available() or torch.backends.mps.is_available():

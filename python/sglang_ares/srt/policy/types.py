@@ -6,7 +6,11 @@ type a policy reads; the simulator builds the same types.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+from sglang_ares.srt.security.bounds import MAX_LISTED, Count, Rid, Role, Seconds, WorkerId
 
 PREFILL = "prefill"
 DECODE = "decode"
@@ -21,11 +25,11 @@ class RequestLoad(msgspec.Struct, frozen=True, kw_only=True):
     feature that cannot move.
     """
 
-    rid: str
-    tokens: int
-    output_tokens: int
-    age_s: float
-    since_move_s: float
+    rid: Rid
+    tokens: Count
+    output_tokens: Count
+    age_s: Seconds
+    since_move_s: Seconds
     movable: bool
 
 
@@ -34,17 +38,19 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     ``kv_tokens`` of ``kv_capacity`` tokens are held by requests (the evictable part of the
     prefix cache does not count). ``queued``: requests not yet running. ``queued_tokens``:
-    their prompt tokens, as far as they hold no KV yet.
+    their tokens, as far as they hold no KV yet. ``decode_step_ms``: mean duration of its last
+    decode steps (0: unknown).
     """
 
-    worker_id: int
-    role: str
-    kv_tokens: int
-    kv_capacity: int
-    running: int
-    queued: int
-    queued_tokens: int
-    requests: tuple[RequestLoad, ...] = ()
+    worker_id: WorkerId
+    role: Role
+    kv_tokens: Count
+    kv_capacity: Count
+    running: Count
+    queued: Count
+    queued_tokens: Count
+    decode_step_ms: Seconds = 0.0
+    requests: Annotated[tuple[RequestLoad, ...], msgspec.Meta(max_length=MAX_LISTED)] = ()
 
     @property
     def load_tokens(self) -> int:

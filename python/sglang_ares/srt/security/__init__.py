@@ -1,0 +1,1 @@
+"""Who may speak to the control sockets, and what they let in."""
