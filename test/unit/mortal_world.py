@@ -176,9 +176,13 @@ class MortalWorld(World):
             if worker.worker_id in self.dead:
                 continue
             live = [r for rid in self.streams for r in worker.emits(rid)]
-            assert set(worker.memory.table) == {id(r) for r in live}, "pages leaked"
-            held = sum(len(worker.memory.table[id(r)]) for r in live)
-            assert worker.memory.free_pages == self.pages - held, "pages leaked"
+            memory = worker.memory
+            assert set(memory.table) == {id(r) for r in live}, "pages leaked"
+            matched = {id(r): memory.matched.get(id(r), 0) for r in live}
+            own = sum(len(memory.table[id(r)]) - matched[id(r)] for r in live)
+            assert memory.free_pages + len(memory.cache) + own == self.pages, "pages leaked"
+            assert memory.locks.total() == sum(matched.values()), "locks leaked"
+            assert not worker.manager.reserved_inbound, "the memory budget leaked"
             assert len(worker.memory.free_slots) == worker.memory.slots, "metadata slots leaked"
             assert not worker.manager.stopped_requests() and not worker.manager._building
             rooms = worker.link._manager.status.values()

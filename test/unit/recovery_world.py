@@ -349,6 +349,8 @@ def moved(migration_id: int, name: str, source: int, target: int) -> MigrationRe
         outcome="completed",
         reason="",
         tokens=1,
+        tokens_sent=1,
+        tokens_saved=0,
         kv_bytes=1,
         duration_s=0.0,
     )

@@ -60,7 +60,7 @@ class Controller(AresController):
         box, front, recovery = Box(), SimpleNamespace(), SimpleNamespace()
         self.box = self._mailbox = box  # type: ignore[assignment]
         self.replies: list[tuple[int, Any]] = []
-        front.send_multipart = self._keep_reply
+        front.socket = SimpleNamespace(send_multipart=self._keep_reply)
         self._front = front  # type: ignore[assignment]
         self.ended: list[str] = []
         recovery.on_abort = lambda owner: self.ended.append(owner.rid)

@@ -219,16 +219,21 @@ def test_the_controllers_own_pause_is_not_held_against_the_workers() -> None:
     assert world.calls[0] == ("leave out", 0), "but silence after it is"
 
 
-def test_restarts_come_later_each_time_and_end() -> None:
+def restart_pause(world: World) -> float:
+    """From the burial of worker 0 to its restart."""
+    while world.view().state != RESTARTING:
+        world.run(0.25)
+    buried, before = world.cluster.now, len(world.cluster.restarts)
+    while len(world.cluster.restarts) == before:
+        world.run(0.25)
+    return world.cluster.now - buried
+
+
+def test_a_worker_that_served_comes_back_at_once_but_not_for_ever() -> None:
     world = World(max_restarts=4)
-    for expected_pause in (0, 1, 2, 4):
+    for _ in range(4):
         world.crash()
-        world.run(0.5)
-        buried = world.cluster.now
-        before = len(world.cluster.restarts)
-        while len(world.cluster.restarts) == before:
-            world.run(0.25)
-        assert world.cluster.now - buried == pytest.approx(expected_pause, abs=0.3)
+        assert restart_pause(world) <= 0.3
         world.cluster.workers[0].loaded = True
         world.run(0.5)
         assert world.view().state == READY
@@ -237,6 +242,38 @@ def test_restarts_come_later_each_time_and_end() -> None:
     assert world.view().state == FAILED_FOR_GOOD and len(world.cluster.restarts) == 4
     assert "restarted 4 times (--ares-max-restarts)" in world.view().reason
     assert world.calls[-1] == ("dead", 0), "its requests are recovered all the same"
+
+
+def test_starts_that_fail_are_repeated_with_growing_pauses() -> None:
+    world = World(max_restarts=20)
+    world.crash()
+    for expected in (0, 1, 2, 4, 8, 16, 32, 60, 60):
+        assert restart_pause(world) == pytest.approx(expected, abs=0.3)
+        world.cluster.workers[0].loaded = "out of memory"
+        world.run(0.25)
+    assert restart_pause(world) <= 60.3
+    world.cluster.workers[0].loaded = True
+    world.run(5)
+    assert world.view().state == READY
+    world.crash()
+    assert restart_pause(world) <= 0.3, "it has served since"
+
+
+def test_restarts_long_ago_do_not_count() -> None:
+    world = World(max_restarts=1)
+    for _ in range(3):
+        world.crash()
+        world.run(1)
+        world.cluster.workers[0].loaded = True
+        world.run(605)
+        assert world.view().state == READY
+    world.crash()
+    world.run(1)
+    world.cluster.workers[0].loaded = True
+    world.run(60)
+    world.crash()
+    world.run(1)
+    assert world.view().state == FAILED_FOR_GOOD
 
 
 def test_no_restarts_at_all() -> None:
