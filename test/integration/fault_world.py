@@ -69,6 +69,9 @@ class Stream:
                     )
                     self.output_ids = chunk["output_ids"]
                     self.text, self.meta = chunk["text"], chunk["meta_info"]
+                    ending = self.meta["finish_reason"] or {}
+                    if ending.get("type") == "abort":
+                        self.error = str(ending["message"])
         except httpx.HTTPError as error:
             self.error = repr(error)
         return self

@@ -33,7 +33,9 @@ MESSAGES: list[type[Message]] = [
 ]  # fmt: skip
 # Changed in a byte or two these could still be orders or reports; whole ones of random content
 # are sent too, but name nothing that exists.
-NOT_MUTATED = {"ConnectPeers", "WorkerReport"}
+NOT_MUTATED = {"ConnectPeers", "WorkerReport", "PeerDied", "DrainQuery"}
+# Orders that would rightly be obeyed if they named a worker that exists.
+NAME_NOBODY = (io_struct.PeerDied, io_struct.DrainQuery)
 
 
 class Fuzzer(threading.Thread):
@@ -82,7 +84,10 @@ class Fuzzer(threading.Thread):
         if kind == "offer":
             return [encode(self._offer(name))]
         cls = rng.choice(MESSAGES)
-        frame = bytearray(encode(random_message(cls, rng)))
+        message = random_message(cls, rng)
+        if isinstance(message, NAME_NOBODY):
+            message = msgspec.structs.replace(message, worker_id=rng.randrange(1000, 2**16))
+        frame = bytearray(encode(message))
         if kind == "truncated" or (kind == "mutated" and cls.__name__ in NOT_MUTATED):
             del frame[rng.randrange(len(frame)) :]
         elif kind == "mutated":

@@ -240,8 +240,13 @@ def test_metrics_and_log_tell_of_migrations(server: Server) -> None:
         assert found is not None and float(found[1]) >= 3, series
     for series in ("migrated_kv_bytes_total", "worker_kv_tokens", "dispatched_requests_total"):
         assert f"sglang_ares:{series}" in text
-    lines = [x for x in server.log.read_text().splitlines() if "migration" in x and "rid=a " in x]
-    wanted = r"migration \d+ rid=a from=\d to=\d tokens=\d+ bytes=\d+ ms=\d+\.\d outcome=completed"
+    lines = [
+        x for x in server.log.read_text().splitlines() if "migration" in x and "rid=a#00 " in x
+    ]
+    wanted = (
+        r"migration \d+ rid=a#00 from=\d to=\d tokens=\d+ sent=\d+ saved=\d+ bytes=\d+ "
+        r"ms=\d+\.\d outcome=completed"
+    )
     assert any(re.search(wanted, line) for line in lines), lines
 
 

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 
+from sglang_ares.ares_args import AresArgs
 from sglang_ares.srt.managers import controller as controller_module
 from sglang_ares.srt.managers.cluster_state import (
     DYING,
@@ -21,6 +22,7 @@ from sglang_ares.srt.managers.cluster_state import (
     WorkerView,
 )
 from sglang_ares.srt.managers.controller import AresController
+from sglang_ares.srt.managers.front_desk import FrontDesk
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     MigrateQuery,
@@ -28,6 +30,7 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     WorkerInbound,
 )
+from sglang_ares.srt.managers.mover import Mover
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 
 P0, D1, D2 = 0, 1, 2
@@ -39,6 +42,9 @@ class Box:
     def __init__(self) -> None:
         self.peers = {"0", "1", "2"}
         self.sent: list[tuple[int, Any]] = []
+
+    def knows(self, peer: str) -> bool:
+        return peer in self.peers
 
     def send(self, peer: str, frame: bytes) -> None:
         if peer not in self.peers:
@@ -67,8 +73,9 @@ class Controller(AresController):
         self.recovery = recovery  # type: ignore[assignment]
         self.workers = ["to 0", "to 1", "to 2"]  # type: ignore[list-item]
         self.to_all: list[Any] = []
-        self._next_migration_id = 1
-        self._waiting = {}
+        args = AresArgs()
+        self.mover = Mover(self.state, args, 512, self.tell, now=0.0)
+        self.desk = FrontDesk(front, self.state, self.mover, args, "/run", [], self.tell)
 
     def _keep_reply(self, parts: list[bytes]) -> None:
         reply = Decoder(QueryReply).decode(parts[1])
@@ -88,7 +95,7 @@ class Controller(AresController):
 
     def migrate(self, rid: str, target: int) -> tuple[int, str] | None:
         """The refusal, if it is one."""
-        self._on_migrate_query(b"front", MigrateQuery(query_id=1, rid=rid, target=target))
+        self.desk.answer(b"front", MigrateQuery(query_id=1, rid=rid, target=target))
         return (self.replies[-1][0], self.replies[-1][1]["reason"]) if self.replies else None
 
 

@@ -27,7 +27,7 @@ DYING = "dying"
 RESTARTING = "restarting"
 FAILED_FOR_GOOD = "failed"
 
-# Recovered requests remembered after their end.
+# Requests remembered after their end.
 _REMEMBERED = 1 << 16
 
 
@@ -124,7 +124,7 @@ class ClusterState:
         self.workers = {w.worker_id: w for w in workers}
         self.owners: dict[str, Ownership] = {}
         self.moving: dict[int, MovingRequest] = {}
-        # Rids that ended after a recovery: their last attempt, should the rid be used again.
+        # Rids that ended: their last attempt, should the rid be used again.
         self._last_attempts: OrderedDict[str, int] = OrderedDict()
         # Moving requests that left their target: ended there, if they had landed at all.
         self._left_target: set[str] = set()
@@ -197,10 +197,9 @@ class ClusterState:
         """A request has ended."""
         owner = self.owners.pop(rid, None)
         if owner is not None:
-            if owner.attempt:
-                self._last_attempts[rid] = owner.attempt
-                if len(self._last_attempts) > _REMEMBERED:
-                    self._last_attempts.popitem(last=False)
+            self._last_attempts[rid] = owner.attempt
+            if len(self._last_attempts) > _REMEMBERED:
+                self._last_attempts.popitem(last=False)
             for view in self.workers.values():
                 view.dispatched.pop(owner.name, None)
 
@@ -217,6 +216,9 @@ class ClusterState:
 
     def note_adopted(self, message: Adopted) -> None:
         """The target of a migration says that it owns the request."""
+        view = self.workers.get(message.worker_id)
+        if view is None or view.role != DECODE or view.state != READY:
+            return
         owner = self.owner_of(message.rid)
         if owner is not None and not owner.recovering:
             owner.decode = message.worker_id

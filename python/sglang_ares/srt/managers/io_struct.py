@@ -305,10 +305,15 @@ class ForwardAbort(Message, frozen=True, kw_only=True):
 
 
 class FenceRequests(Message, frozen=True, kw_only=True):
-    """Let only these attempts speak from here on (rid of the client: attempt)."""
+    """Let no earlier attempts than these speak from here on (rid of the client: attempt).
+
+    ``first_attempts``: where each request began to count; what was said before belongs to an
+    earlier request of that rid.
+    """
 
     fence_id: SequenceId
     attempts: dict[Rid, Count]
+    first_attempts: dict[Rid, Count] = {}
 
 
 class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):

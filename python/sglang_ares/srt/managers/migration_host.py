@@ -168,11 +168,11 @@ class SchedulerMigrationHost:
     def release_what_the_dead_held(self) -> None:
         """Upstream keeps the memory of a failed transfer until its sender says that nothing is
         under way; a dead one never will, and writes nothing either."""
-        queue = self._scheduler.disagg_decode_transfer_queue
-        if self._dead and queue.has_pending_deferred_releases():
-            queue._deferred_releases = [
+        transfers = self._scheduler.disagg_decode_transfer_queue
+        if self._dead and transfers.has_pending_deferred_releases():
+            transfers._deferred_releases = [
                 (entry, 0.0 if self.comes_from_the_dead(entry.req) else deadline, slot, acks)
-                for entry, deadline, slot, acks in queue._deferred_releases
+                for entry, deadline, slot, acks in transfers._deferred_releases
             ]
 
     def lost(self, req: Req, reason: str) -> None:

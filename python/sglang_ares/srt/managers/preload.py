@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import signal
 
+from sglang.srt.utils import kill_itself_when_parent_died
+
 import sglang_ares.srt.managers.scheduler
 import sglang_ares.srt.managers.worker_process  # noqa: F401
+
+# Python's fork server lives as long as its children do. Ours ends with the controller, and the
+# workers with it.
+kill_itself_when_parent_died()
 
 # Upstream's workers send their parent SIGQUIT when they fail. Here that is the fork server, which
 # must outlive them: it starts their successors.

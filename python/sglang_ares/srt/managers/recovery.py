@@ -137,6 +137,7 @@ class Recovery:
     def recover(self, owners: Iterable[Ownership], reason: str) -> None:
         """Void the current attempts at these requests and begin the next."""
         attempts: dict[str, int] = {}
+        first: dict[str, int] = {}
         void: dict[int, list[str]] = {}
         for owner in owners:
             logger.warning("recovering rid=%s attempt=%d: %s", owner.rid, owner.attempt, reason)
@@ -148,13 +149,16 @@ class Recovery:
             owner.attempt += 1
             owner.recovering = True
             attempts[owner.rid] = owner.attempt
+            first[owner.rid] = owner.first_attempt
         for worker_id, names in void.items():
             if self._state.workers[worker_id].state == READY:
                 self._host.tell(worker_id, Discard(rids=names))
         if attempts:
             fence_id = self._take_id()
             self._fences[fence_id] = list(attempts)
-            self._host.fence(FenceRequests(fence_id=fence_id, attempts=attempts))
+            self._host.fence(
+                FenceRequests(fence_id=fence_id, attempts=attempts, first_attempts=first)
+            )
 
     def dispatch_parked(self) -> None:
         """Send on what can be sent on; what never can is answered with an error."""

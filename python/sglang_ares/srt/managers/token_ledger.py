@@ -17,7 +17,7 @@ from sglang.srt.managers.io_struct import BatchTokenIDOutput
 
 from sglang_ares.srt.disaggregation.request_state import pack_ids
 from sglang_ares.srt.managers.attempts import split_rid
-from sglang_ares.srt.managers.batch_items import select
+from sglang_ares.srt.managers.batch_items import first_token, select
 from sglang_ares.srt.managers.io_struct import EmittedTokens, Fenced, FenceRequests
 
 # Requests remembered at most: live ones, and ended ones that a fence may still ask for.
@@ -26,6 +26,7 @@ _CAPACITY = 1 << 16
 
 @dataclass
 class _Entry:
+    attempt: int = 0
     output_ids: array[int] = field(default_factory=lambda: array("q"))
     cached_tokens: int = 0
     reasoning_tokens: int = 0
@@ -41,6 +42,8 @@ class TokenLedger:
         # Requests that were fenced, and the first attempt that may speak; others: attempt 0.
         # (A rid that is used again goes on counting, without a fence.)
         self._attempts: OrderedDict[str, int] = OrderedDict()
+        # Who spoke last.
+        self._speakers: OrderedDict[str, int] = OrderedDict()
         self.fenced_off = 0
 
     def admit(self, batch: BatchTokenIDOutput) -> BatchTokenIDOutput:
@@ -54,15 +57,22 @@ class TokenLedger:
             batch = select(batch, valid)
         if batch.rids:
             batch.rids = [named[i][0] for i in valid]
+        for i in valid:
+            rid, attempt = named[i]
+            self._speakers[rid] = attempt
+            self._speakers.move_to_end(rid)
+        _forget_oldest(self._speakers, self._capacity)
         return batch
 
     def record(self, batch: BatchTokenIDOutput) -> None:
         """Note what goes out now: ``batch`` is admitted and in order."""
         for i, rid in enumerate(batch.rids or ()):
             entry = self._entries.get(rid)
-            if entry is None or entry.ended:
+            if entry is None or first_token(batch, i) == 0:
                 entry = self._entries[rid] = _Entry()
+                self._entries.move_to_end(rid)
                 _forget_oldest(self._entries, self._capacity)
+            entry.attempt = self._speakers.get(rid, 0)
             if batch.finished_reasons[i] is not None:
                 entry.ended = True
                 entry.output_ids = array("q")
@@ -80,6 +90,8 @@ class TokenLedger:
             self._attempts[rid] = attempt
             self._attempts.move_to_end(rid)
             entry = self._entries.get(rid, _Entry())
+            if entry.attempt < request.first_attempts.get(rid, 0):
+                entry = _Entry()
             emitted.append(
                 EmittedTokens(
                     rid=rid,
