@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,10 @@ class Soak:
             self.result.faults[fault] += 1
 
 
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Counter) else value
+
+
 def main() -> int:
     """Command line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -217,7 +221,7 @@ def main() -> int:
         "command": "python test/soak.py " + " ".join(sys.argv[1:]),
         "machine": f"{platform.machine()}, CPU only",
         "passed": result.passed,
-        **asdict(result),
+        **{name: _plain(value) for name, value in vars(result).items()},
     }
     print(json.dumps(document, indent=2))
     if args.json is not None:

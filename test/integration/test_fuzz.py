@@ -167,7 +167,10 @@ def test_ten_thousand_hostile_frames(server: Server) -> None:
     assert set(fuzzer.sent) == set(names) and len(fuzzer.kinds) == 6
 
     for rid, answer in answers.items():
-        assert answer["output_ids"] == reference[f"{rid}-ref"]["output_ids"], rid
+        assert answer["output_ids"] == reference[f"{rid}-ref"]["output_ids"], (
+            rid,
+            answer["meta_info"],
+        )
         assert answer["text"] == reference[f"{rid}-ref"]["text"], rid
     assert log.outcomes["completed"] >= REQUESTS, (log.outcomes, log.reasons)
 

@@ -197,7 +197,8 @@ class AresScheduler(Scheduler):
     def _discard(self, message: Discard) -> None:
         for rid in message.rids:
             self.ares.note_void(rid)
-            self.abort_request(AbortReq(rid=rid))
+            if rid in self.ares.received:  # upstream aborts by prefix: "" would be everybody
+                self.abort_request(AbortReq(rid=rid))
 
     def _connect(self, message: ConnectPeers) -> None:
         if not self.ares.connect(message.peers):
