@@ -90,6 +90,7 @@ class World:
         self.unsettled: set[int] = set()
         self.silent: set[tuple[int, int]] = set()
         cluster: Any = self.cluster
+        self.restart = cluster.restart
         self.supervisor = Supervisor(self, cluster, self.state, TIMEOUT, max_restarts, 0.0)
 
     def leave_out(self, worker_id: int) -> None:

@@ -60,6 +60,7 @@ from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.managers.mover import Mover
 from sglang_ares.srt.managers.recovery import Recovery
 from sglang_ares.srt.managers.supervisor import Supervisor
+from sglang_ares.srt.managers.worker_input import WorkerInput
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.types import DECODE, PREFILL
@@ -118,7 +119,7 @@ class AresController(DataParallelController):
             self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False
         )
         self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.control)
-        self.workers = [self._input_socket(w) for w in self.cluster.workers]
+        self.workers = [self._input_of(w) for w in self.cluster.workers]
         count = len(self.workers)
         self.status = [True] * count
         self.dp_active = [True] * count
@@ -133,10 +134,8 @@ class AresController(DataParallelController):
         self._init_state()
         self._introduce_workers()
 
-    def _input_socket(self, worker: WorkerProcess) -> zmq.Socket[bytes]:
-        endpoint = worker.port_args.scheduler_input_ipc_name
-        socket: zmq.Socket[bytes] = get_zmq_socket(self.context, zmq.PUSH, endpoint, True)
-        return socket
+    def _input_of(self, worker: WorkerProcess) -> WorkerInput:
+        return WorkerInput(self.context, worker.port_args.scheduler_input_ipc_name)
 
     def _introduce_workers(self) -> None:
         """Tell every ready worker of all ready workers."""
@@ -258,7 +257,7 @@ class AresController(DataParallelController):
         self.status[worker_id] = False
         self._active_workers = [w for w in self._active_workers if w != worker_id]
         self._mailbox.disconnect(str(worker_id))
-        self.workers[worker_id].close(linger=0)
+        self.workers[worker_id].close()
         self._tell_front_who_serves()
         self.metrics.worker_lost(worker_id, self.state.workers[worker_id].role)
 
@@ -277,10 +276,14 @@ class AresController(DataParallelController):
         """Whether all others have let go of a dead worker."""
         return self.recovery.settled(worker_id)
 
+    def restart(self, worker_id: int) -> None:
+        """Start a lost worker anew; it finds its input socket bound."""
+        worker = self.cluster.restart(worker_id)
+        self.workers[worker_id] = self._input_of(worker)
+
     def take_in(self, worker: WorkerProcess) -> None:
         """A worker that was restarted is ready."""
         worker_id = worker.spec.worker_id
-        self.workers[worker_id] = self._input_socket(worker)
         self.status[worker_id] = True
         self._active_workers = sorted({*self._active_workers, worker_id})
         self._introduce_workers()

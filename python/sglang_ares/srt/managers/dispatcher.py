@@ -16,12 +16,12 @@ from sglang_ares.srt.policy.registry import PLACEMENT
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest
 
 if TYPE_CHECKING:
-    import zmq
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
     from sglang_ares.srt.managers.cluster import WorkerCluster
     from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
     from sglang_ares.srt.managers.io_struct import EmittedTokens, Message
+    from sglang_ares.srt.managers.worker_input import WorkerInput
     from sglang_ares.srt.observability.metrics import ControllerMetrics
 
 
@@ -32,7 +32,7 @@ class Dispatcher:
         self,
         state: ClusterState,
         cluster: WorkerCluster,
-        inputs: list[zmq.Socket[bytes]],
+        inputs: list[WorkerInput],
         placement: str,
         metrics: ControllerMetrics,
         tell: Callable[[int, Message], None],

@@ -38,6 +38,10 @@ class SupervisorHost(Protocol):
         """Whether all others have let go of the dead worker, so that its id may come back."""
         ...
 
+    def restart(self, worker_id: int) -> None:
+        """Start a lost worker anew."""
+        ...
+
     def take_in(self, worker: WorkerProcess) -> None:
         """A restarted worker is ready: connect it, and let it have requests."""
         ...
@@ -147,7 +151,7 @@ class Supervisor:
                 del self._restart_at[worker_id]
                 view.incarnation += 1
                 logger.info("starting %s anew (restart %d)", worker.name, view.incarnation)
-                self._cluster.restart(worker_id)
+                self._host.restart(worker_id)
             return
         try:
             if not self._cluster.poll_ready(worker):
