@@ -15,6 +15,7 @@ import asyncio
 import json
 import platform
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -217,10 +218,14 @@ def main() -> int:
     text = log.read_text()
     result.recovered = text.count("recovering rid=")
     result.leaks += [line for line in text.splitlines() if "integrity check failed" in line]
+    landed = re.findall(r"landed on=\d+ pause_ms=([\d.]+) steps=(\d+)", text)
+    pauses = sorted(float(ms) for ms, _ in landed)
     document = {
         "command": "python test/soak.py " + " ".join(sys.argv[1:]),
         "machine": f"{platform.machine()}, CPU only",
         "passed": result.passed,
+        "pause_ms": {f"p{q}": pauses[len(pauses) * q // 100] for q in (50, 99) if pauses},
+        "pause_in_steps_of_the_target": dict(sorted(Counter(int(n) for _, n in landed).items())),
         **{name: _plain(value) for name, value in vars(result).items()},
     }
     print(json.dumps(document, indent=2))
