@@ -14,7 +14,7 @@ from sglang_ares.bench.report import percentile
 # The pause may take this many decode steps, or this many milliseconds, whichever is more.
 P50_STEPS, P50_MS = 2, 20.0
 P99_STEPS, P99_MS = 4, 50.0
-_LANDED = re.compile(r"rid=(\S+) landed on=(\d+) pause_ms=([\d.]+) steps=(\d+)")
+_LANDED = re.compile(r"rid=(\S+?)(?:#\d+)? landed on=(\d+) pause_ms=([\d.]+) steps=(\d+)")
 
 
 @dataclass(frozen=True)
