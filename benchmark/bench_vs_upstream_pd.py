@@ -13,9 +13,7 @@ import contextlib
 import json
 import os
 import platform
-import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_ares.demo_model import MODEL_DIR
+from sglang_ares.srt.security.control_plane import free_ports
 
 START_TIMEOUT_S = 300
 MAX_TOKENS = 32768
@@ -47,15 +46,6 @@ class Arm:
     name: str
     port: int
     bench_flags: tuple[str, ...] = ()
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on, and that no outgoing connection will be given meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 class Processes:
@@ -103,9 +93,9 @@ def wait_for(what: str, url: str, body: dict[str, Any] | None = None) -> None:
 
 def start_upstream(processes: Processes, model: str, decode_workers: int) -> Arm:
     """One prefill and several decode servers behind sglang-router."""
-    ports = [free_port() for _ in range(decode_workers + 2)]
+    ports = free_ports(decode_workers + 2)
     prefill, router, *decodes = ports
-    bootstrap = free_port()
+    bootstrap = free_ports(1)[0]
     common = (
         *(sys.executable, "-m", "sglang.launch_server", "--model-path", model),
         *UPSTREAM_FLAGS,
@@ -133,7 +123,7 @@ def start_upstream(processes: Processes, model: str, decode_workers: int) -> Arm
         *("--prefill", f"http://127.0.0.1:{prefill}", str(bootstrap)),
         *decode_flags,
         *("--policy", "round_robin", "--host", "127.0.0.1", "--port", str(router)),
-        *("--prometheus-port", str(free_port())),
+        *("--prometheus-port", str(free_ports(1)[0])),
     )
     wait_for(
         "upstream router",
@@ -145,7 +135,7 @@ def start_upstream(processes: Processes, model: str, decode_workers: int) -> Arm
 
 def start_ares(processes: Processes, model: str, decode_workers: int) -> Arm:
     """One ARES server of the same size, placing in turn as the router does, without moves."""
-    port = free_port()
+    port = free_ports(1)[0]
     processes.start(
         "ares",
         *(sys.executable, "-m", "sglang_ares.launch_server", "--model-path", model),

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,22 +17,15 @@ from typing import Any
 
 import httpx
 
+from sglang_ares.srt.security.control_plane import free_ports
+
 START_TIMEOUT_S = 300
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on, and that no outgoing connection will be given meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 @contextlib.contextmanager
 def running_server(log: Path, *flags: str) -> Iterator[str]:
     """A cluster of one prefill and two decode workers; its URL. Ended when the block is left."""
-    port = free_port()
+    port = free_ports(1)[0]
     command = [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port)]
     command += ["--ares-rescheduling=none", "--ares-report-interval=0.05", "--log-level=info"]
     with log.open("wb") as out:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
+from sglang_ares.srt.security.control_plane import free_ports
 
 START_TIMEOUT_S = 240
 
@@ -46,18 +46,9 @@ class Server:
         raise AssertionError(f"not idle after {timeout_s} s: {status}")
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on, and that no outgoing connection will be given meanwhile."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-
-
 def start_server(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], Server]:
     """Start ``python -m sglang_ares.launch_server`` and wait until it answers."""
-    port = free_port()
+    port = free_ports(1)[0]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port), *flags],

@@ -89,13 +89,12 @@ class AresScheduler(Scheduler):
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         """Upstream's sockets, and the agent's mailbox on rank 0."""
         super().init_ipc_channels(port_args)
-        self._ares_rank_zero = get_parallel().attn_tp_rank == 0
-        self.ares = WorkerAgent(self.spec, speaks=self._ares_rank_zero)
+        self.ares = WorkerAgent(self.spec, speaks=get_parallel().attn_tp_rank == 0)
         AresOutputStreamer.agent = self.ares
         channels: Any = self.ipc_channels
         echo = TokenizerEcho(channels.send_to_tokenizer, self.ares)
         self.ipc_channels: Any = dataclasses.replace(channels, send_to_tokenizer=echo)
-        if self._ares_rank_zero:
+        if self.ares.speaks:
             self.load_snapshot_writer = WorkerLoadWriter(self.spec)
 
     def init_request_receiver(self) -> None:

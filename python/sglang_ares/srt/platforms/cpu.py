@@ -29,10 +29,8 @@ CPU_DEFAULTS: dict[str, Any] = {
     "disable_cuda_graph": True,
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
-    # Upstream takes memory that other processes use for the model's; the pool's size is set by
-    # max_total_tokens anyway.
-    # Workers that start together take memory while each looks at what is left; the cap is
-    # max_total_tokens.
+    # Upstream takes memory that other processes use for the model's, and workers that start
+    # together take it from each other; the pool's size is set by max_total_tokens anyway.
     "mem_fraction_static": 0.9,
     "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
     "disable_overlap_schedule": True,
