@@ -18,6 +18,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from sglang.srt.disaggregation.base.conn import KVPoll
 
+from sglang_ares.srt.disaggregation.hosts import MigrationHost, SourceHost, TargetHost
 from sglang_ares.srt.disaggregation.kv_link import (
     THROUGH,
     UNDER_WAY,
@@ -28,7 +29,6 @@ from sglang_ares.srt.disaggregation.kv_link import (
     KvLink,
     drained,
 )
-from sglang_ares.srt.disaggregation.manager import MigrationHost
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
     COMPLETED,
@@ -44,8 +44,6 @@ from sglang_ares.srt.disaggregation.migration import (
     TargetState,
 )
 from sglang_ares.srt.disaggregation.request_state import capture
-from sglang_ares.srt.disaggregation.source import SourceHost
-from sglang_ares.srt.disaggregation.target import TargetHost
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,

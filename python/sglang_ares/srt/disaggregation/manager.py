@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang_ares.srt.disaggregation.budgets import BandwidthBudget, InboundMemory
 from sglang_ares.srt.disaggregation.faults import FaultInjector
@@ -15,8 +15,8 @@ from sglang_ares.srt.disaggregation.migration import (
     TargetState,
 )
 from sglang_ares.srt.disaggregation.rank_agreement import TransitionDigest
-from sglang_ares.srt.disaggregation.source import SourceHost, SourceMigration
-from sglang_ares.srt.disaggregation.target import TargetHost, TargetMigration
+from sglang_ares.srt.disaggregation.source import SourceMigration
+from sglang_ares.srt.disaggregation.target import TargetMigration
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Adopted,
@@ -39,45 +39,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ares.srt.disaggregation.hosts import MigrationHost
+
 logger = logging.getLogger(__name__)
 
 # Committed migrations remembered, to answer a source that asks again.
 _REMEMBERED = 4096
-
-
-class MigrationHost(SourceHost, TargetHost, Protocol):
-    """Both sides' demands on the scheduler, and the ones of the manager itself.
-
-    ``speaks``: whether this is the tensor-parallel rank whose messages are sent.
-    """
-
-    speaks: bool
-
-    kv_capacity: int
-
-    def find_running(self, rid: str) -> tuple[Req, TokenizedGenerateReqInput] | None:
-        """A request that decodes here, and what the front sent for it."""
-        ...
-
-    def immovable(self, req: Req, recv_req: TokenizedGenerateReqInput) -> str | None:
-        """Why the request cannot move, if it cannot."""
-        ...
-
-    def abort_here(self, rid: str) -> None:
-        """End a request that is owned here, as the client asked."""
-        ...
-
-    def forget(self, rid: str) -> None:
-        """A request that was built for a migration does not come after all."""
-        ...
-
-    def lost(self, req: Req, reason: str) -> None:
-        """Let go of a request that a dead worker may have owned; it needs a new attempt."""
-        ...
-
-    def report(self, message: Message) -> None:
-        """Tell the controller."""
-        ...
 
 
 class MigrationManager:

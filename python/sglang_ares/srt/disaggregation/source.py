@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
@@ -24,10 +24,8 @@ from sglang_ares.srt.managers.io_struct import (
     Cancel,
     Commit,
     ForwardAbort,
-    Message,
     Offer,
 )
-from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -35,67 +33,7 @@ if TYPE_CHECKING:
 
     from sglang_ares.srt.disaggregation.budgets import BandwidthBudget
     from sglang_ares.srt.disaggregation.faults import FaultInjector
-    from sglang_ares.srt.disaggregation.kv_link import KvLink
-
-
-class SourceHost(Protocol):
-    """What the sending side asks of its scheduler."""
-
-    worker_id: int
-    link: KvLink
-    dropped: DroppedFrames
-
-    def is_running(self, req: Req) -> bool:
-        """Whether the request decodes here."""
-        ...
-
-    def stop(self, req: Req) -> None:
-        """Take the request out of the next step."""
-        ...
-
-    def has_stopped(self, req: Req) -> bool:
-        """Whether no step with the request is under way any more."""
-        ...
-
-    def resume(self, req: Req) -> None:
-        """Let a stopped request decode again."""
-        ...
-
-    def release(self, req: Req) -> None:
-        """Free the request's memory; it lives elsewhere now."""
-        ...
-
-    def lost(self, req: Req, reason: str) -> None:
-        """Let go of a request that a dead worker may have owned; it needs a new attempt."""
-        ...
-
-    def alloc_metadata(self) -> int | None:
-        """A slot of upstream's metadata buffers, if there is one."""
-        ...
-
-    def free_metadata(self, slot: int) -> None:
-        """Give the slot back."""
-        ...
-
-    def abort_here(self, rid: str) -> None:
-        """End a request that is owned here, as the client asked."""
-        ...
-
-    def write_room(self, slot: int, room: int) -> None:
-        """Stamp the slot with the transfer's room, which the target verifies."""
-        ...
-
-    def send(self, worker_id: int, message: Message) -> None:
-        """Send to a peer."""
-        ...
-
-    def decode_step_s(self) -> float:
-        """How long a decode step takes here at present; 0 if there was none."""
-        ...
-
-    def wall_clock(self) -> float:
-        """Seconds since the epoch."""
-        ...
+    from sglang_ares.srt.disaggregation.hosts import SourceHost
 
 
 class SourceMigration:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 
-from sglang_ares.srt.disaggregation.checks import WorkerFacts, commit_fault, offer_fault
+from sglang_ares.srt.disaggregation.checks import commit_fault, offer_fault
 from sglang_ares.srt.disaggregation.kv_link import Arrival
 from sglang_ares.srt.disaggregation.migration import (
     CANCELLED,
@@ -23,78 +23,18 @@ from sglang_ares.srt.managers.io_struct import (
     Cancelled,
     Commit,
     Committed,
-    Message,
     Offer,
     Peer,
     Refuse,
     TransferFailed,
 )
 from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
-from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_ares.srt.disaggregation.budgets import InboundMemory
-    from sglang_ares.srt.disaggregation.kv_link import KvLink
-
-
-class TargetHost(Protocol):
-    """What the receiving side asks of its scheduler."""
-
-    worker_id: int
-    link: KvLink
-    facts: WorkerFacts
-    dropped: DroppedFrames
-
-    def refusal(self, offer: Offer) -> str | None:
-        """Why this worker cannot take the request, if it cannot."""
-        ...
-
-    def build(self, offer: Offer, source: Peer) -> None:
-        """Build the request; ``on_built`` is called when it (and its grammar) is ready."""
-        ...
-
-    def lock_prefix(self, req: Req, offer: Offer) -> int:
-        """Find the request's first tokens in the prefix cache and keep them there; how many, in
-        whole pages, and fewer than it has: at least one token is left to send."""
-        ...
-
-    def unlock_prefix(self, req: Req) -> None:
-        """Let go of what :meth:`lock_prefix` found."""
-        ...
-
-    def reserve(self, req: Req, offer: Offer) -> bool:
-        """Allocate KV for the request's further tokens and headroom, if there is enough."""
-        ...
-
-    def trim(self, req: Req, tokens: int) -> None:
-        """Free the reserved KV beyond ``tokens``."""
-        ...
-
-    def unreserve(self, req: Req) -> None:
-        """Free all reserved KV, and let go of the prefix."""
-        ...
-
-    def alloc_metadata(self) -> int | None:
-        """A slot of upstream's metadata buffers, if there is one."""
-        ...
-
-    def free_metadata(self, slot: int) -> None:
-        """Give the slot back."""
-        ...
-
-    def room_in(self, slot: int) -> int:
-        """The room that arrived in the slot."""
-        ...
-
-    def adopt(self, req: Req, migration_id: int, stopped_at: float, aborted: bool) -> None:
-        """Let the request decode here; end it at once if the client ``aborted`` it."""
-        ...
-
-    def send(self, worker_id: int, message: Message) -> None:
-        """Send to a peer."""
-        ...
+    from sglang_ares.srt.disaggregation.hosts import TargetHost
 
 
 class TargetMigration:
