@@ -15,7 +15,7 @@ setup(
     ],
     py_modules=["sglang_ares_torch_autoload"],
     package_data={
-        "sglang_ares": ["py.typed", "**/*.json", "**/*.jinja", "**/*.safetensors"],
+        "sglang_ares": ["py.typed", "**/*.json", "**/*.jinja", "**/*.safetensors", "**/*.npz"],
         KERNELS: ["py.typed", "**/*.json"],
     },
     include_package_data=False,

@@ -1,0 +1,177 @@
+"""The length head on a GPU: the fused kernel, cuBLAS through torch, and both in a CUDA graph.
+
+``python benchmark/bench_predictor_kernel.py [--out DIR]`` prints, for each hidden size and batch,
+the relative error against float64 on fresh random states (outputs poisoned with NaN before), the
+microseconds of each way with a cold cache, the floor that the measured bandwidth sets, and the
+overhead of the head in a captured decode step of the embedded model. On a machine without a GPU it
+checks the kernel under Triton's interpreter at small sizes, and times nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sglang_ares_kernels.measure import (
+    bandwidth,
+    graph_of,
+    head_layers,
+    relative_error,
+    seconds,
+    weight_bytes,
+)
+from sglang_ares_kernels.mlp import fused_mlp
+from sglang_ares_kernels.reference import reference_mlp
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+HIDDEN = (2048, 3584, 4096, 5120, 8192)
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+def cublas(states: torch.Tensor, layers: list[Any]) -> torch.Tensor:
+    """The same head as four calls of cuBLAS."""
+    x = states
+    for weight, bias in layers[:-1]:
+        x = functional.linear(x, weight, bias).relu_()
+    return functional.linear(x, *layers[-1])
+
+
+def measure(d: int, batch: int, dtype: torch.dtype, bytes_per_s: float) -> dict[str, Any]:
+    """One row of the table."""
+    layers = head_layers(d, dtype, "cuda", seed=d)
+    states = torch.randn(batch, d, device="cuda", dtype=dtype)
+    out = torch.full((batch, 4), float("nan"), device="cuda")
+    fused_mlp(states, layers, out=out)
+    eager_error = relative_error(out, reference_mlp(states, layers))
+    graph = graph_of(lambda: fused_mlp(states, layers, out=out))
+    states.copy_(torch.randn(batch, d, device="cuda"))
+    out.fill_(float("nan"))
+    graph.replay()
+    error = max(eager_error, relative_error(out, reference_mlp(states, layers)))
+    if not error < BOUND[dtype]:
+        raise AssertionError(f"d {d}, batch {batch}, {dtype}: relative error {error}")
+    floor = (weight_bytes(layers) + states.numel() * states.element_size()) / bytes_per_s
+    row = {"d": d, "batch": batch, "error": error, "floor_us": 1e6 * floor}
+    for name, work in (
+        ("kernel", lambda: fused_mlp(states, layers, out=out)),
+        ("cublas", lambda: cublas(states, layers)),
+    ):
+        for graph_too in (False, True):
+            key = f"{name}{'_graph' if graph_too else ''}_us"
+            row[key] = 1e6 * seconds(work, graph=graph_too)
+    return row
+
+
+def decode_step_overhead(batch: int) -> dict[str, Any]:
+    """A captured decode step of the embedded model in plain torch, with and without the head."""
+    from transformers import LlamaForCausalLM, StaticCache
+
+    from sglang_ares.demo_model import MODEL_DIR
+
+    model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).cuda().eval()
+    d = model.config.hidden_size
+    layers = head_layers(d, torch.bfloat16, "cuda")
+    cache = StaticCache(config=model.config, max_cache_len=1024)
+    ids = torch.ones(batch, 1, dtype=torch.long, device="cuda")
+    place = torch.tensor([512], device="cuda")
+    out = torch.empty(batch, 4, device="cuda")
+
+    @torch.inference_mode()
+    def step(with_head: bool) -> None:
+        hidden = model.model(ids, past_key_values=cache, cache_position=place)[0]
+        if with_head:
+            fused_mlp(hidden[:, -1], layers, out=out)
+        model.lm_head(hidden)
+
+    plain = seconds(lambda: step(False), repeats=100)
+    headed = seconds(lambda: step(True), repeats=100)
+    return {
+        "batch": batch,
+        "step_us": 1e6 * plain,
+        "with_head_us": 1e6 * headed,
+        "overhead_percent": 100 * (headed / plain - 1),
+    }
+
+
+def show(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    """The table of one dtype."""
+    table = Table(title=name)
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            *(
+                f"{v:.1e}" if k == "error" else f"{v:.1f}" if isinstance(v, float) else str(v)
+                for k, v in row.items()
+            )
+        )
+    console.print(table)
+
+
+def check_interpreted(console: Console) -> None:
+    """Errors only, at sizes an interpreter can do."""
+    for dtype, bound in BOUND.items():
+        for d, batch in ((128, 1), (256, 40)):
+            layers = head_layers(d, dtype, "cpu", seed=d)
+            states = torch.randn(batch, d).to(dtype)
+            out = torch.full((batch, 4), float("nan"))
+            error = relative_error(
+                fused_mlp(states, layers, out=out), reference_mlp(states, layers)
+            )
+            if not error < bound:
+                raise AssertionError(f"d {d}, batch {batch}, {dtype}: relative error {error}")
+            console.print(f"d {d}, batch {batch}, {dtype}: relative error {error:.1e} < {bound}")
+
+
+def main() -> int:
+    """Command line entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=None, help="folder for the figures (JSON)")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    console = Console()
+    torch.manual_seed(args.seed)
+    if not torch.cuda.is_available():
+        check_interpreted(console)
+        console.print("There is no GPU here: checked under Triton's interpreter, timed nothing.")
+        return 0
+    speed = bandwidth()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": str(torch.__version__),
+        "command": " ".join(["python", *sys.argv]),
+        "seed": args.seed,
+        "bandwidth_gb_s": speed / 1e9,
+    }
+    console.print(f"{report['device']}: {speed / 1e9:,.0f} GB/s in a large copy")
+    for name in args.dtype:
+        cases = [(d, b) for d in HIDDEN for b in BATCHES]
+        rows = [measure(d, b, getattr(torch, name), speed) for d, b in track(cases, name)]
+        show(console, name, rows)
+        report[name] = rows
+    report["decode_step"] = [decode_step_overhead(b) for b in (1, 16, 64)]
+    show(console, "a captured decode step of the embedded model", report["decode_step"])
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / "predictor_kernel.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

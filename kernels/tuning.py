@@ -1,0 +1,55 @@
+"""Tile sizes of the kernel, by device, dtype, hidden size and batch: data in ``tuning.json``.
+
+``python -m sglang_ares_kernels.tune`` measures and writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+TABLE: Final = Path(__file__).with_name("tuning.json")
+UNTUNED: Final = "untuned"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a block (at least 16); output columns of a tile and inputs read at a time, for the
+    first and second layer; inputs read at a time for the third; warps; pipeline stages."""
+
+    rows: int
+    columns1: int
+    inner1: int
+    columns2: int
+    inner2: int
+    inner3: int
+    warps: int
+    stages: int
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return table
+
+
+@cache
+def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
+    table = _table()
+    entries = table.get(device, {}).get(dtype) or table[UNTUNED][dtype]
+    # The nearest hidden size measured, then the smallest batch that is not below this one.
+    nearest = min({e["d"] for e in entries}, key=lambda size: abs(size - d))
+    fitting = [e for e in entries if e["d"] == nearest]
+    entry = min((e for e in fitting if e["max_rows"] >= rows), key=lambda e: e["max_rows"])
+    return Tiles(**entry["tiles"])
+
+
+def tiles_for(d: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tiles for ``rows`` rows (1 to 512) of hidden size ``d``."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else UNTUNED
+    return _find(name, str(dtype).removeprefix("torch."), d, rows)
