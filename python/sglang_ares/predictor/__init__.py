@@ -1,0 +1,1 @@
+"""``python -m sglang_ares.predictor``: the tools of the length predictor."""
