@@ -10,12 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One request: it arrives ``arrival_s`` seconds after the replay starts."""
+    """One request: it arrives ``arrival_s`` seconds after the replay starts. ``input_ids``: the
+    prompt as tokens, in place of the text."""
 
     rid: str
     arrival_s: float
-    prompt: str
+    prompt: str = ""
     sampling_params: dict[str, Any] = field(default_factory=dict)
+    input_ids: list[int] = field(default_factory=list)
 
 
 def poisson_workload(
