@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING, Registry
+from sglang_ares.srt.policy.snapshot import Snapshot, WorkerTable
 from sglang_ares.srt.policy.types import (
     DECODE,
     Move,
@@ -22,9 +23,18 @@ from sglang_ares.srt.policy.types import (
 )
 
 PLACEMENTS = PLACEMENT.names()
-round_robin = PLACEMENT.get("round_robin")
-least_tokens = PLACEMENT.get("least_tokens")
-reactive = RESCHEDULING.get("reactive")
+
+
+def placed(name: str, request: NewRequest, workers: list[WorkerLoad]) -> int:
+    """The id of the worker that placement policy ``name`` chooses."""
+    return workers[PLACEMENT.get(name)(request, WorkerTable.of(workers))].worker_id
+
+
+def planned(
+    workers: list[WorkerLoad], limits: RescheduleLimits, name: str = "reactive"
+) -> tuple[Move, ...]:
+    """The moves that rescheduling policy ``name`` plans."""
+    return RESCHEDULING.get(name)(Snapshot.of(workers), limits)
 
 
 def load_of(
@@ -139,40 +149,41 @@ def test_snapshots_cannot_be_changed() -> None:
 def test_placement_chooses_one_of_the_workers(
     name: str, workers: list[WorkerLoad], sequence: int, prompt: int
 ) -> None:
-    policy = PLACEMENT.get(name)
-    chosen = policy(new(sequence, prompt), workers)
+    chosen = placed(name, new(sequence, prompt), workers)
     assert chosen in {w.worker_id for w in workers}
-    assert policy(new(sequence, prompt), list(workers)) == chosen, "not a function of its input"
+    assert placed(name, new(sequence, prompt), list(workers)) == chosen, (
+        "not a function of its input"
+    )
 
 
 @given(workers=CLUSTERS, rounds=st.integers(1, 4), start=st.integers(0, 1000))
 def test_round_robin_is_fair(workers: list[WorkerLoad], rounds: int, start: int) -> None:
     total = rounds * len(workers)
-    chosen = Counter(round_robin(new(start + i), workers) for i in range(total))
+    chosen = Counter(placed("round_robin", new(start + i), workers) for i in range(total))
     assert chosen == {w.worker_id: rounds for w in workers}
 
 
 def test_round_robin_takes_turns_in_order() -> None:
     workers = [load_of(i) for i in (4, 7, 9)]
-    assert [round_robin(new(i), workers) for i in range(5)] == [4, 7, 9, 4, 7]
+    assert [placed("round_robin", new(i), workers) for i in range(5)] == [4, 7, 9, 4, 7]
 
 
 @given(workers=CLUSTERS, sequence=st.integers(0, 1000))
 def test_least_tokens_picks_a_minimum(workers: list[WorkerLoad], sequence: int) -> None:
-    chosen = least_tokens(new(sequence), workers)
+    chosen = placed("least_tokens", new(sequence), workers)
     by_id = {w.worker_id: w for w in workers}
     assert by_id[chosen].load_tokens == min(w.load_tokens for w in workers)
 
 
 def test_least_tokens_counts_what_is_on_its_way() -> None:
     workers = [load_of(0, [100], queued_tokens=200), load_of(1, [250])]
-    assert least_tokens(new(0), workers) == 1
+    assert placed("least_tokens", new(0), workers) == 1
 
 
 def test_least_tokens_breaks_ties_by_requests_and_then_in_turn() -> None:
-    assert least_tokens(new(0), [load_of(0, [100], running=3), load_of(1, [100])]) == 1
+    assert placed("least_tokens", new(0), [load_of(0, [100], running=3), load_of(1, [100])]) == 1
     equal = [load_of(i) for i in range(3)]
-    assert [least_tokens(new(i), equal) for i in range(4)] == [0, 1, 2, 0]
+    assert [placed("least_tokens", new(i), equal) for i in range(4)] == [0, 1, 2, 0]
 
 
 # --- rescheduling ---------------------------------------------------------------------------
@@ -196,7 +207,7 @@ def spread(load: dict[int, int]) -> int:
 
 @given(CLUSTERS, LIMITS)
 def test_reactive_keeps_the_rules(workers: list[WorkerLoad], limits: RescheduleLimits) -> None:
-    moves = reactive(workers, limits)
+    moves = planned(workers, limits)
     assert len(moves) <= limits.max_moves
     home = {r.rid: (w.worker_id, r) for w in workers for r in w.requests}
     assert len({m.rid for m in moves}) == len(moves), "a request is moved twice"
@@ -211,7 +222,7 @@ def test_reactive_keeps_the_rules(workers: list[WorkerLoad], limits: RescheduleL
 
 @given(CLUSTERS, LIMITS)
 def test_reactive_never_widens_the_gap(workers: list[WorkerLoad], limits: RescheduleLimits) -> None:
-    history = apply(workers, reactive(workers, limits))
+    history = apply(workers, planned(workers, limits))
     for before, after in pairwise(history):
         assert spread(after) <= spread(before)
 
@@ -224,7 +235,7 @@ def test_reactive_leaves_room_on_the_target(
     must not be needed to make room for what comes."""
     size = {r.rid: r.tokens for w in workers for r in w.requests}
     free = {w.worker_id: w.free_tokens for w in workers}
-    for move in reactive(workers, limits):
+    for move in planned(workers, limits):
         free[move.target] -= size[move.rid]
         assert free[move.target] >= limits.headroom_tokens
 
@@ -233,7 +244,7 @@ def test_reactive_leaves_room_on_the_target(
 def test_reactive_moves_only_from_overloaded_workers(
     workers: list[WorkerLoad], limits: RescheduleLimits
 ) -> None:
-    moves = reactive(workers, limits)
+    moves = planned(workers, limits)
     history = apply(workers, moves)
     mean = sum(history[0].values()) / len(workers)
     for before, move in zip(history, moves):
@@ -248,7 +259,7 @@ def test_reactive_is_a_function_of_its_input(
     workers: list[WorkerLoad], limits: RescheduleLimits
 ) -> None:
     copies = [msgspec.structs.replace(w) for w in workers]
-    assert reactive(workers, limits) == reactive(copies, limits)
+    assert planned(workers, limits) == planned(copies, limits)
     assert workers == copies, "the policy changed its input"
 
 
@@ -257,7 +268,7 @@ def test_reactive_comes_to_rest(workers: list[WorkerLoad]) -> None:
     """Applied again to its own result (no cooldown, nothing grows) it stops moving."""
     limits = RescheduleLimits(max_moves=2, threshold=0.0, min_gap_tokens=1, cooldown_s=0.0)
     seen = 0
-    while moves := reactive(workers, limits):
+    while moves := planned(workers, limits):
         seen += len(moves)
         assert seen <= 200, "requests are moved back and forth"
         moving = {m.rid: m.target for m in moves}
@@ -281,25 +292,22 @@ def test_reactive_comes_to_rest(workers: list[WorkerLoad]) -> None:
 def test_one_worker_keeps_its_requests(
     shape: tuple[list[tuple[int, float, bool]], int, int, int], limits: RescheduleLimits
 ) -> None:
-    assert reactive([worker_from(0, shape)], limits) == ()
+    assert planned([worker_from(0, shape)], limits) == ()
 
 
 @pytest.mark.parametrize("name", RESCHEDULING.names())
 def test_nothing_to_do(name: str) -> None:
-    policy = RESCHEDULING.get(name)
-    assert policy([], RescheduleLimits()) == ()
-    assert policy([load_of(0), load_of(1)], RescheduleLimits()) == ()
+    assert planned([], RescheduleLimits(), name) == ()
+    assert planned([load_of(0), load_of(1)], RescheduleLimits(), name) == ()
 
 
 def test_reactive_takes_the_request_nearest_to_half_the_gap() -> None:
     workers = [load_of(0, [1000, 420, 90]), load_of(1, [310])]
-    assert reactive(workers, RescheduleLimits(max_moves=1)) == (
-        Move(rid="0-1", source=0, target=1),
-    )
+    assert planned(workers, RescheduleLimits(max_moves=1)) == (Move(rid="0-1", source=0, target=1),)
 
 
 def test_reactive_does_not_swap_the_workers_places() -> None:
-    assert reactive([load_of(0, [1000]), load_of(1, [])], RescheduleLimits()) == ()
+    assert planned([load_of(0, [1000]), load_of(1, [])], RescheduleLimits()) == ()
 
 
 @pytest.mark.parametrize(
@@ -318,19 +326,19 @@ def test_each_limit_forbids_the_move(limits: RescheduleLimits) -> None:
     open_limits = RescheduleLimits(
         threshold=0.49, min_gap_tokens=600, cooldown_s=100.0, headroom_tokens=99_400
     )
-    assert len(reactive(workers, open_limits)) == 1
-    assert reactive(workers, limits) == ()
+    assert len(planned(workers, open_limits)) == 1
+    assert planned(workers, limits) == ()
 
 
 def test_reactive_spreads_over_several_targets() -> None:
     workers = [load_of(0, [300] * 4), load_of(1), load_of(2)]
-    moves = reactive(workers, RescheduleLimits(max_moves=2))
+    moves = planned(workers, RescheduleLimits(max_moves=2))
     assert [m.target for m in moves] == [1, 2]
 
 
 def test_none_never_moves() -> None:
     workers = [load_of(0, [300] * 8), load_of(1)]
-    assert RESCHEDULING.get("none")(workers, RescheduleLimits(max_moves=9)) == ()
+    assert planned(workers, RescheduleLimits(max_moves=9), "none") == ()
 
 
 # --- the registry ---------------------------------------------------------------------------

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from sglang_ares.srt.policy.types import Move, NewRequest, RescheduleLimits, WorkerLoad
+from sglang_ares.srt.policy.snapshot import Snapshot, WorkerTable
+from sglang_ares.srt.policy.types import Move, NewRequest, RescheduleLimits
 
 
 class PlacementPolicy(Protocol):
-    """Chooses one of ``workers`` (at least one, all of one role) for ``request``; its id."""
+    """Chooses one of ``workers`` (at least one, all of one role) for ``request``; its row."""
 
-    def __call__(self, request: NewRequest, workers: Sequence[WorkerLoad]) -> int: ...
+    def __call__(self, request: NewRequest, workers: WorkerTable) -> int: ...
 
 
 class ReschedulingPolicy(Protocol):
-    """Plans moves between ``workers`` (decode workers only), best first."""
+    """Plans moves between the workers of ``cluster`` (decode workers only), best first."""
 
-    def __call__(
-        self, workers: Sequence[WorkerLoad], limits: RescheduleLimits
-    ) -> tuple[Move, ...]: ...
+    def __call__(self, cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]: ...
 
 
 PolicyT = TypeVar("PolicyT")
@@ -31,14 +30,18 @@ class Registry(Generic[PolicyT]):
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._policies: dict[str, PolicyT] = {}
+        self._simulated_only: set[str] = set()
 
-    def register(self, name: str) -> Callable[[PolicyT], PolicyT]:
-        """Decorator: make the policy available as ``name``."""
+    def register(self, name: str, *, simulated_only: bool = False) -> Callable[[PolicyT], PolicyT]:
+        """Decorator: make the policy available as ``name``; ``simulated_only``: it needs to know
+        what no controller does."""
 
         def add(policy: PolicyT) -> PolicyT:
             if name in self._policies:
                 raise ValueError(f"{self._kind} policy {name!r} is registered twice")
             self._policies[name] = policy
+            if simulated_only:
+                self._simulated_only.add(name)
             return policy
 
         return add
@@ -56,6 +59,10 @@ class Registry(Generic[PolicyT]):
     def names(self) -> tuple[str, ...]:
         """All names, in order of registration."""
         return tuple(self._policies)
+
+    def served_names(self) -> tuple[str, ...]:
+        """The names of those that a controller can run."""
+        return tuple(name for name in self._policies if name not in self._simulated_only)
 
 
 PLACEMENT: Registry[PlacementPolicy] = Registry("placement")

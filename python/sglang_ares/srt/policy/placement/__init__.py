@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from sglang_ares.srt.policy.placement import least_tokens, round_robin
+from sglang_ares.srt.policy.placement import (
+    least_requests,
+    least_tokens,
+    power_of_two,
+    predicted_load,
+    round_robin,
+)
 
-__all__ = ["least_tokens", "round_robin"]
+__all__ = ["least_requests", "least_tokens", "power_of_two", "predicted_load", "round_robin"]

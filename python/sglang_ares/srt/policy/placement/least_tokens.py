@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from sglang_ares.srt.policy.registry import PLACEMENT
-from sglang_ares.srt.policy.types import NewRequest, WorkerLoad
+from sglang_ares.srt.policy.snapshot import WorkerTable
+from sglang_ares.srt.policy.types import NewRequest
 
 
 @PLACEMENT.register("least_tokens")
-def least_tokens(request: NewRequest, workers: Sequence[WorkerLoad]) -> int:
-    """The worker with the fewest resident and promised tokens; ties go in turn."""
+def least_tokens(request: NewRequest, workers: WorkerTable) -> int:
+    """The worker with the fewest resident and promised tokens; ties go to fewer requests, then in
+    turn."""
+    load = workers.load_tokens
+    lightest = (load == load.min()).nonzero()[0]
+    if len(lightest) == 1:
+        return int(lightest[0])
+    requests = (workers.running + workers.queued)[lightest]
+    lightest = lightest[requests == requests.min()]
     turn = request.sequence % len(workers)
-    in_turn = [*workers[turn:], *workers[:turn]]
-    return min(in_turn, key=lambda w: (w.load_tokens, w.running + w.queued)).worker_id
+    return int(lightest[np.searchsorted(lightest, turn) % len(lightest)])

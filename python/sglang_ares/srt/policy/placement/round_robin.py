@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sglang_ares.srt.policy.registry import PLACEMENT
-from sglang_ares.srt.policy.types import NewRequest, WorkerLoad
+from sglang_ares.srt.policy.snapshot import WorkerTable
+from sglang_ares.srt.policy.types import NewRequest
 
 
 @PLACEMENT.register("round_robin")
-def round_robin(request: NewRequest, workers: Sequence[WorkerLoad]) -> int:
+def round_robin(request: NewRequest, workers: WorkerTable) -> int:
     """The worker whose turn it is."""
-    return workers[request.sequence % len(workers)].worker_id
+    return request.sequence % len(workers)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sglang_ares.srt.policy.rescheduling import none, reactive
+from sglang_ares.srt.policy.rescheduling import ares, none, oracle, reactive, star
 
-__all__ = ["none", "reactive"]
+__all__ = ["ares", "none", "oracle", "reactive", "star"]

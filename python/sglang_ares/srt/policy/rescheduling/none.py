@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sglang_ares.srt.policy.registry import RESCHEDULING
-from sglang_ares.srt.policy.types import Move, RescheduleLimits, WorkerLoad
+from sglang_ares.srt.policy.snapshot import Snapshot
+from sglang_ares.srt.policy.types import Move, RescheduleLimits
 
 
 @RESCHEDULING.register("none")
-def no_rescheduling(workers: Sequence[WorkerLoad], limits: RescheduleLimits) -> tuple[Move, ...]:
+def no_rescheduling(cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]:
     """Never a move."""
     return ()

@@ -6,52 +6,52 @@ nearest to half their gap, so that one move brings the two as close as one move 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
 from sglang_ares.srt.policy.registry import RESCHEDULING
-from sglang_ares.srt.policy.types import Move, RequestLoad, RescheduleLimits, WorkerLoad
+from sglang_ares.srt.policy.snapshot import Snapshot
+from sglang_ares.srt.policy.types import Move, RescheduleLimits
 
 
 @RESCHEDULING.register("reactive")
-def reactive(workers: Sequence[WorkerLoad], limits: RescheduleLimits) -> tuple[Move, ...]:
-    """Moves that shrink the gap between the most and the least loaded worker."""
-    if len(workers) < 2:
-        return ()
-    load = {w.worker_id: w.load_tokens for w in workers}
-    free = {w.worker_id: w.free_tokens for w in workers}
-    candidates = {
-        w.worker_id: [r for r in w.requests if r.movable and r.since_move_s >= limits.cooldown_s]
-        for w in workers
-    }
-    mean = sum(load.values()) / len(load)
-    moves: list[Move] = []
-    while len(moves) < limits.max_moves:
-        source = max(load, key=lambda w: load[w])
-        target = min(load, key=lambda w: load[w])
-        gap = load[source] - load[target]
-        if gap < limits.min_gap_tokens:
-            break
-        if load[source] <= (1 + limits.threshold) * mean:
-            break
-        chosen = _nearest_to_half_gap(
-            candidates[source], gap, free[target] - limits.headroom_tokens
-        )
-        if chosen is None:
-            break
-        candidates[source].remove(chosen)
-        moves.append(Move(rid=chosen.rid, source=source, target=target))
-        load[source] -= chosen.tokens
-        load[target] += chosen.tokens
-        free[source] += chosen.tokens
-        free[target] -= chosen.tokens
-    return tuple(moves)
-
-
-def _nearest_to_half_gap(requests: list[RequestLoad], gap: int, room: int) -> RequestLoad | None:
-    """The request that fits ``room`` and is nearest to half of ``gap`` tokens.
+def reactive(cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]:
+    """Moves that shrink the gap between the most and the least loaded worker.
 
     Only a request smaller than the gap qualifies: a larger one would swap the two workers'
     places, and the next round would send it back.
     """
-    fitting = [r for r in requests if r.tokens < gap and r.tokens <= room]
-    return min(fitting, key=lambda r: abs(r.tokens - gap / 2), default=None)
+    workers, requests = cluster.workers, cluster.requests
+    if len(workers) < 2:
+        return ()
+    load, free = workers.load_tokens, workers.free_tokens
+    stays = ~requests.movable | (requests.since_move_s < limits.cooldown_s)
+    overloaded = (1 + limits.threshold) * load.mean()
+    budget = limits.cost.budget_tokens or int(requests.tokens.sum())
+    moves: list[Move] = []
+    while len(moves) < limits.max_moves:
+        source, target = int(load.argmax()), int(load.argmin())
+        gap = int(load[source] - load[target])
+        if gap < limits.min_gap_tokens or load[source] <= overloaded:
+            break
+        rows = cluster.rows_of_worker[source]
+        tokens = requests.tokens[rows]
+        room = min(gap - 1, budget, int(free[target]) - limits.headroom_tokens)
+        fits = ~stays[rows] & (tokens <= room)
+        if not fits.any():
+            break
+        chosen = int(rows[np.where(fits, np.abs(tokens - gap / 2), np.inf).argmin()])
+        stays[chosen] = True
+        size = int(requests.tokens[chosen])
+        budget -= size
+        load[source] -= size
+        load[target] += size
+        free[source] += size
+        free[target] -= size
+        moves.append(
+            Move(
+                rid=requests.rids[chosen],
+                source=int(workers.worker_id[source]),
+                target=int(workers.worker_id[target]),
+            )
+        )
+    return tuple(moves)

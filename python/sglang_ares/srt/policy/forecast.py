@@ -1,0 +1,88 @@
+"""What the workers will hold: expected requests and tokens at moments of a horizon.
+
+Time is counted in decode steps: a request that runs produces one token per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_ares.srt.policy.snapshot import MEDIAN, Floats, Ints, Snapshot
+from sglang_ares.srt.policy.survival import known_or_guessed, relative_spread, survival
+
+# Intervals of the horizon, each twice as long as the one before.
+_INTERVALS = 4
+# Steps of the shortest horizon.
+_LEAST_HORIZON = 32.0
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """``edges``, shape ``(K + 1,)``: the horizon's intervals, in steps from now; ``weights``, shape
+    ``(K,)``: their lengths. Request by request, shape ``(R, K)``: ``alive``, the chance that it
+    runs in the middle of an interval; ``tokens``, what it then holds times that chance;
+    ``variance`` of what it holds. Worker by worker, shape ``(W, K)``: ``requests`` and
+    ``resident``, the expected numbers of requests and of resident tokens, and ``uncertainty``,
+    the variance of the latter. Moves change the workers' arrays in place.
+    """
+
+    edges: Floats
+    weights: Floats
+    alive: Floats
+    tokens: Floats
+    variance: Floats
+    requests: Floats
+    resident: Floats
+    uncertainty: Floats
+
+    def of_workers(self, workers: Ints) -> tuple[Floats, Floats, Floats]:
+        """Requests, resident tokens and uncertainty of some workers, ``(workers, K)`` each."""
+        return self.requests[workers], self.resident[workers], self.uncertainty[workers]
+
+    def move(self, row: int, source: int, target: int) -> None:
+        """Request ``row`` goes from one worker's row to another's."""
+        for of_workers, of_requests in (
+            (self.requests, self.alive),
+            (self.resident, self.tokens),
+            (self.uncertainty, self.variance),
+        ):
+            of_workers[source] -= of_requests[row]
+            of_workers[target] += of_requests[row]
+
+
+def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> Forecast:
+    """The forecast over a horizon that suits the predictions.
+
+    The horizon is ``horizon_scale`` times the mean predicted remainder, shortened as the
+    predictions spread: by half where the quartiles lie a median apart. It comes on top of
+    ``delay_steps``, which pass before any decision has an effect.
+    """
+    workers, requests = cluster.workers, cluster.requests
+    remaining = known_or_guessed(requests.remaining, requests.output_tokens)
+    trust = 1 / (1 + relative_spread(remaining))
+    horizon = horizon_scale * float((remaining[:, MEDIAN] * trust).mean())
+    edges = np.concatenate([[0.0], 2.0 ** np.arange(1 - _INTERVALS, 1)])
+    edges *= delay_steps + max(_LEAST_HORIZON, horizon)
+    middle = (edges[:-1] + edges[1:]) / 2
+    alive = survival(remaining, middle)
+    grown = requests.tokens[:, None] + middle
+    tokens = alive * grown
+    variance = tokens * (1 - alive) * grown
+    unlisted = (
+        workers.running + workers.queued - np.bincount(requests.worker, minlength=len(workers))
+    )
+    unlisted_tokens = workers.load_tokens - np.bincount(
+        requests.worker, requests.tokens, len(workers)
+    )
+    return Forecast(
+        edges=edges,
+        weights=np.diff(edges),
+        alive=alive,
+        tokens=tokens,
+        variance=variance,
+        requests=cluster.sums_by_worker(alive) + unlisted[:, None],
+        resident=cluster.sums_by_worker(tokens) + unlisted_tokens[:, None],
+        uncertainty=cluster.sums_by_worker(variance),
+    )
