@@ -1,0 +1,131 @@
+"""Goodput: the highest request rate at which enough requests meet their SLOs."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from sglang_ares.bench.workloads.stream import RequestStream
+from sglang_ares.simulator.config import SimulationConfig
+from sglang_ares.simulator.simulation import Simulation
+
+ATTAINMENTS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One simulation: the rate (requests per second), and what share met both SLOs."""
+
+    rate: float
+    attainment: float
+    tpot_p99_ms: float
+    ttft_p99_ms: float
+    migrations: int
+    moved_tokens: int
+    retractions: int
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """``rate[share]``: the highest rate tried at which at least ``share`` of the requests met both
+    SLOs, 0 if that was at no rate; ``points``: everything that was tried."""
+
+    rate: Mapping[float, float]
+    points: tuple[Point, ...]
+
+
+def try_rate(config: SimulationConfig, stream: RequestStream, rate: float) -> Point:
+    """Simulate ``stream`` with its timestamps scaled to ``rate``."""
+    result = Simulation(config, stream.scaled(stream.rate / rate)).run()
+    summary = result.summary()
+    tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
+    return Point(
+        rate=rate,
+        attainment=result.attainment(),
+        tpot_p99_ms=tpot["p99"] if tpot else 0.0,
+        ttft_p99_ms=ttft["p99"] if ttft else 0.0,
+        migrations=summary["migrations"],
+        moved_tokens=summary["moved_tokens"],
+        retractions=summary["retractions"],
+    )
+
+
+def search(
+    attempt: Callable[[float], Point],
+    *,
+    start_rate: float,
+    attainments: tuple[float, ...] = ATTAINMENTS,
+    precision: float = 0.02,
+    most_tries: int = 40,
+) -> Goodput:
+    """Bisection over the rate, from ``start_rate`` (requests per second) on.
+
+    The bracket is widened by doubling and halving until it holds the answer, then halved (in
+    ratio) until it is narrower than ``precision``; every share starts from what the others tried.
+    Attainment is taken to fall with the rate. Rates under a thousandth of the start count as 0.
+    """
+    tried: dict[float, Point] = {}
+
+    def meets(rate: float, share: float) -> bool:
+        if rate not in tried:
+            tried[rate] = attempt(rate)
+        return tried[rate].attainment >= share
+
+    found: dict[float, float] = {}
+    for share in attainments:
+        good = max((r for r, p in tried.items() if p.attainment >= share), default=0.0)
+        bad = min((r for r, p in tried.items() if p.attainment < share and r > good), default=0.0)
+        while not bad and len(tried) < most_tries:
+            rate = 2 * good if good else start_rate
+            good, bad = (rate, 0.0) if meets(rate, share) else (good, rate)
+        while not good and bad > start_rate / 1000:
+            rate = bad / 2
+            good, bad = (rate, bad) if meets(rate, share) else (0.0, rate)
+        while good and bad > good * (1 + precision) and len(tried) < most_tries:
+            rate = (good * bad) ** 0.5
+            good, bad = (rate, bad) if meets(rate, share) else (good, rate)
+        found[share] = good
+    return Goodput(rate=found, points=tuple(tried.values()))
+
+
+def goodput(
+    config: SimulationConfig,
+    stream: RequestStream,
+    *,
+    attainments: tuple[float, ...] = ATTAINMENTS,
+    precision: float = 0.02,
+) -> Goodput:
+    """The goodput of one configuration on ``stream``, whose own rate is the first one tried."""
+    if not (config.ttft_slo_ms > 0 or config.tpot_slo_ms > 0):
+        raise ValueError("goodput needs an SLO: set ttft_slo_ms, tpot_slo_ms, or both")
+    if not stream.rate > 0:
+        raise ValueError("goodput needs a stream of at least two requests at different times")
+    return search(
+        partial(try_rate, config, stream),
+        start_rate=stream.rate,
+        attainments=attainments,
+        precision=precision,
+    )
+
+
+def goodput_of_arms(
+    arms: Mapping[str, SimulationConfig],
+    stream: RequestStream,
+    *,
+    attainments: tuple[float, ...] = ATTAINMENTS,
+    precision: float = 0.02,
+    processes: int = 1,
+) -> Iterator[tuple[str, Goodput]]:
+    """The goodput of every arm on the same requests, as each is found; ``processes`` at a time."""
+    find = partial(goodput, stream=stream, attainments=attainments, precision=precision)
+    if processes <= 1:
+        for name, config in arms.items():
+            yield name, find(config)
+        return
+    # Spawned, not forked: the parent may hold threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from zip(arms, pool.map(find, arms.values()), strict=True)
