@@ -19,7 +19,7 @@ import httpx
 
 from sglang_ares.srt.security.control_plane import free_ports
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600
 
 
 @contextlib.contextmanager

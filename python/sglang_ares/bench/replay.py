@@ -23,14 +23,15 @@ class Chunk:
 class RequestResult:
     """What became of one request; times are seconds since the replay started.
 
-    ``finish_reason`` is ``stop``, ``length`` or empty; ``error`` is empty for a request that
-    was answered.
+    ``longest_gap_s``: longest wait between two pieces of the answer. ``finish_reason`` is
+    ``stop``, ``length`` or empty; ``error`` is empty for a request that was answered.
     """
 
     rid: str
     sent_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
+    longest_gap_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     error: str = ""
@@ -154,9 +155,13 @@ async def _send(item: WorkItem, result: RequestResult, stream: StreamFn, start: 
     try:
         async for chunk in stream(item):
             if chunk.token_ids:
-                result.last_token_s = time.perf_counter() - start
-                if not result.token_ids:
-                    result.first_token_s = result.last_token_s
+                now = time.perf_counter() - start
+                if result.token_ids:
+                    gap = now - result.last_token_s
+                    result.longest_gap_s = max(result.longest_gap_s, gap)
+                else:
+                    result.first_token_s = now
+                result.last_token_s = now
                 result.token_ids += chunk.token_ids
             if chunk.finish_reason is not None:
                 result.finish_reason = str(chunk.finish_reason["type"])

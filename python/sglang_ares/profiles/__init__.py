@@ -1,0 +1,1 @@
+"""What a worker's hardware and model can do, as small JSON files."""

@@ -1,0 +1,1 @@
+"""Emulated workers: everything of a worker is real but the model's forward, which is slept."""
