@@ -44,7 +44,7 @@ $(READY): $(SET_UP_FROM)
 	exec "$$python" tools/setup_venv.py --venv "$(VENV)" --torch-index "$(TORCH_INDEX)" --stamp "$@"
 
 .PHONY: demo
-demo: $(READY) ## a cluster on this machine under load, with and without moves: build/demo.json, build/demo.png
+demo: $(READY) ## a cluster on this machine under load, with and without moves: build/demo*.json, build/demo*.png
 	@$(PY) -m sglang_ares.demo $(ARGS)
 
 .PHONY: serve

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
+from sglang_ares.srt.policy import elastic, placement, rescheduling  # noqa: F401  (they register)
+from sglang_ares.srt.policy.elastic.decisions import ROLES
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
+
+EMULATED_PREDICTIONS = ("none", "noisy", "true")
+# Durations that belong to what is emulated; timeouts are the host's.
+_POLICY_TIMES = (
+    "reschedule_interval",
+    "report_interval",
+    "move_cooldown",
+    "tpot_slo_ms",
+    "ttft_slo_ms",
+)
 
 
 class AresArgsError(ValueError):
@@ -31,7 +43,7 @@ class AresArgs:
     rescheduling: str = _flag(
         "reactive",
         "How running requests are moved between decode workers.",
-        choices=RESCHEDULING.names(),
+        choices=RESCHEDULING.served_names(),
     )
     reschedule_interval: float = _flag(1.0, "Seconds between two rescheduling rounds.", metavar="S")
     report_interval: float = _flag(
@@ -41,7 +53,21 @@ class AresArgs:
         0.1,
         "A decode worker is overloaded when its resident tokens exceed the mean by this share.",
     )
+    tpot_slo_ms: float = _flag(
+        0.0,
+        "Time per output token that requests are promised; the rescheduling policy ares then "
+        "weighs what exceeds it. 0: none.",
+        metavar="MS",
+    )
+    length_prior: bool = _flag(
+        True,
+        "Predict remaining lengths from the lengths of finished requests where the workers do not "
+        "predict them.",
+    )
     max_moves: int = _flag(2, "Most moves that one rescheduling round may start.")
+    move_budget: int = _flag(
+        0, "Most tokens of KV that the moves of one rescheduling round may copy; 0: no limit."
+    )
     move_cooldown: float = _flag(
         2.0, "Seconds a request stays on a worker before it may be moved again.", metavar="S"
     )
@@ -55,6 +81,24 @@ class AresArgs:
     )
     memory_floor: float = _flag(
         0.05, "Share of a decode worker's KV that memory relief keeps free at least."
+    )
+    predictor: str = _flag(
+        "auto",
+        "Folder with a head that predicts remaining output lengths (`python -m "
+        "sglang_ares.predictor train` makes one). auto: the one that comes with the demo model, "
+        "for other models none. off: none.",
+        metavar="DIR",
+    )
+    predictor_correction: bool = _flag(
+        True,
+        "Correct the head's predictions by what requests that have ended show, should lengths "
+        "drift from those it was trained on.",
+    )
+    predictor_record: str = _flag(
+        "",
+        "Append the hidden states of every 20th output token to files in this folder: data to "
+        "train a head on.",
+        metavar="DIR",
     )
     max_migrations_per_worker: int = _flag(
         8, "Most migrations that run at once into one worker, and out of one; more are refused."
@@ -89,6 +133,30 @@ class AresArgs:
         "(the request then stays where it is).",
         metavar="S",
     )
+    role_change_timeout: float = _flag(
+        30.0,
+        "Seconds a worker that is to change its role may take to finish or hand over its "
+        "requests, before it stays what it is.",
+        metavar="S",
+    )
+    roles: str = _flag(
+        "static",
+        "Who changes a worker's role: nobody but POST /ares/role; Arrow's algorithms as published; "
+        "or ours, which forecasts both loads and empties decode workers by moving. The latter two "
+        "need --ares-ttft-slo-ms and --ares-tpot-slo-ms.",
+        choices=ROLES.names(),
+    )
+    ttft_slo_ms: float = _flag(
+        0.0,
+        "Time to the first token that requests are promised; see --ares-roles. 0: none.",
+        metavar="MS",
+    )
+    role_emptying: str = _flag(
+        "migrate",
+        "How a decode worker that is to prefill gets rid of its requests: they are moved to the "
+        "others, or finish where they are (for measurements).",
+        choices=("migrate", "wait"),
+    )
     worker_timeout: float = _flag(
         5.0,
         "Seconds without a sign of life after which a worker counts as dead: it is ended, its "
@@ -114,6 +182,24 @@ class AresArgs:
         "Compare a checksum of the KV at both ends of every move, and with CUDA of every transfer "
         "from prefill to decode; a request whose KV arrived wrong stays where it is. Costs time.",
     )
+    emulate: str = _flag(
+        "",
+        "Run no model: workers sleep the step times of this profile (a shipped one by name, or a "
+        "JSON file), and every request produces max_new_tokens tokens that mean nothing.",
+        metavar="PROFILE",
+    )
+    emulate_predictions: str = _flag(
+        "none",
+        "With --ares-emulate: what workers predict of remaining lengths; noisy: the truth with the "
+        "simulator's error, none: the controller's length prior is all there is.",
+        choices=EMULATED_PREDICTIONS,
+    )
+    time_dilation: float = _flag(
+        1.0,
+        "With --ares-emulate: everything takes this many times as long, step times and the "
+        "intervals of reports and policies alike, so that few cores keep up with many workers.",
+        metavar="F",
+    )
     control_host: str = _flag(
         "127.0.0.1",
         "Address the control sockets listen on. On loopback they are ipc sockets; any other "
@@ -122,8 +208,9 @@ class AresArgs:
     )
     control_port: int = _flag(
         0,
-        "First TCP port of the control sockets: this one for queries, the next for reports, then "
-        "one per worker. 0: free ones if tcp is needed at all.",
+        "First TCP port of the control sockets: this one for queries (and for hosts that join), "
+        "the next for reports, then one per worker, then one for the outputs of other hosts. 0: "
+        "free ones if tcp is needed at all.",
         metavar="PORT",
     )
     curve_keys: str = _flag(
@@ -138,6 +225,7 @@ class AresArgs:
             ("prefill_workers", 1),
             ("decode_workers", 1),
             ("max_moves", 0),
+            ("move_budget", 0),
             ("max_restarts", 0),
             ("max_attempts", 0),
             ("max_migrations_per_worker", 1),
@@ -159,21 +247,37 @@ class AresArgs:
             "reschedule_interval",
             "report_interval",
             "migration_timeout",
+            "role_change_timeout",
             "worker_timeout",
             "worker_start_timeout",
         ):
             value = getattr(self, name)
             if not value > 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must be above 0 seconds.")
+        if not 0 < self.time_dilation < math.inf:
+            raise AresArgsError(
+                f"--ares-time-dilation is {self.time_dilation}; it must be above 0."
+            )
         if not 0 <= self.memory_floor < 1:
             raise AresArgsError(
                 f"{flag_name('memory_floor')} is {self.memory_floor}; it must be a share of the "
                 "KV capacity, from 0 to below 1."
             )
-        for name in ("reschedule_threshold", "move_cooldown", "migration_bandwidth"):
+        for name in (
+            "reschedule_threshold",
+            "move_cooldown",
+            "migration_bandwidth",
+            "tpot_slo_ms",
+            "ttft_slo_ms",
+        ):
             value = getattr(self, name)
             if not value >= 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
+        if self.roles != "static" and not (self.ttft_slo_ms and self.tpot_slo_ms):
+            raise AresArgsError(
+                f"--ares-roles {self.roles} weighs loads against what requests are promised; set "
+                "--ares-ttft-slo-ms and --ares-tpot-slo-ms."
+            )
         if not 0 < self.migration_memory_share <= 1:
             raise AresArgsError(
                 f"--ares-migration-memory-share is {self.migration_memory_share}; "
@@ -181,15 +285,23 @@ class AresArgs:
             )
         for name, choices in (
             ("placement", PLACEMENT.names()),
-            ("rescheduling", RESCHEDULING.names()),
+            ("rescheduling", RESCHEDULING.served_names()),
             ("migration_copy", ("live", "stopped")),
             ("decode_radix_cache", ("on", "off")),
+            ("emulate_predictions", EMULATED_PREDICTIONS),
+            ("role_emptying", ("migrate", "wait")),
+            ("roles", ROLES.names()),
         ):
             value = getattr(self, name)
             if value not in choices:
                 raise AresArgsError(
                     f"{flag_name(name)} is {value!r}; choose one of: {', '.join(choices)}."
                 )
+
+    def dilated(self) -> AresArgs:
+        """With the intervals that policies go by in seconds of the wall, not emulated ones."""
+        times = {name: getattr(self, name) * self.time_dilation for name in _POLICY_TIMES}
+        return dataclasses.replace(self, **times)
 
     @property
     def total_workers(self) -> int:

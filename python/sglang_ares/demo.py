@@ -1,7 +1,9 @@
 """``make demo``: one workload on a small cluster, without and with moves, and what differs.
 
 Starts the cluster twice, replays the same seeded requests, checks that both runs gave the same
-tokens, and writes ``demo.json`` and ``demo.png``. What the workers print goes to ``demo.log``.
+tokens, and writes ``demo.json`` and ``demo.png``; ``demo_predictions.png`` shows the predicted
+against the true remaining length of a few requests over time. What the workers print goes to
+``demo.log``.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from sglang_ares.bench.embedded import (
     start_engine,
 )
 from sglang_ares.bench.plot import plot_kv_over_time
+from sglang_ares.bench.predictions import PredictionWatch
 from sglang_ares.bench.replay import Run, replay
 from sglang_ares.bench.report import (
     RunSummary,
@@ -42,12 +45,14 @@ from sglang_ares.bench.report import (
 )
 from sglang_ares.bench.workload import WorkItem, poisson_workload
 from sglang_ares.demo_model.tasks import sample_prompts
+from sglang_ares.srt.predictor.plots import plot_trajectories
 
 if TYPE_CHECKING:
     from sglang_ares.engine import Engine
 
 STATIC = "static"
 RESCHEDULED = "rescheduled"
+PLOTTED = 6
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -107,6 +112,7 @@ class Demo:
         self.args = args
         self.console = console
         self.log = args.out / "demo.log"
+        self.watch = PredictionWatch()
         self.workload = poisson_workload(
             sample_prompts(args.requests, args.seed),
             rate=args.rate,
@@ -173,12 +179,25 @@ class Demo:
                 detail = f"{run.tokens:,} tokens, {run.migrations} moves"
                 progress.update(bar, completed=run.done, detail=detail)
 
-            return await replay(
-                self.workload,
-                stream,
-                engine.async_ares_status,
-                timeout_s=self.args.timeout,
-                on_progress=show,
+            self.watch = PredictionWatch()
+            async with self.watch.over(engine.async_ares_requests):
+                return await replay(
+                    self.workload,
+                    stream,
+                    engine.async_ares_status,
+                    timeout_s=self.args.timeout,
+                    on_progress=show,
+                )
+
+    def plot_predictions(self, run: Run) -> None:
+        """``demo_predictions.png``, of the requests watched in the last run."""
+        prompts = {item.rid: item.prompt for item in self.workload}
+        watched = self.watch.trajectories(run, prompts, PLOTTED)
+        if watched:
+            plot_trajectories(
+                self.args.out / "demo_predictions.png",
+                watched,
+                "Predicted and true remaining length of running requests",
             )
 
 
@@ -258,10 +277,11 @@ def main(argv: list[str] | None = None) -> int:
         RESCHEDULED: summarize(runs[RESCHEDULED], len(found)),
     }
     write_results(args, argv, runs, summaries, found)
+    demo.plot_predictions(runs[RESCHEDULED])
     console.print(comparison_table(summaries))
     status = report_problems(console, runs, found)
     console.print(
-        f"wrote {args.out / 'demo.json'} and {args.out / 'demo.png'}; "
+        f"wrote demo.json, demo.png and demo_predictions.png in {args.out}; "
         f"{time.monotonic() - started:.0f} s in all",
         highlight=False,
     )

@@ -17,6 +17,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_ares.ares_args import AresArgs, AresArgsError
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
+from sglang_ares.srt.emulation.settings import announce, emulated_server_args, profile_of
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
@@ -25,6 +26,8 @@ from sglang_ares.srt.platforms.cpu import (
     accelerator_present,
     give_cores_to_ranks,
 )
+from sglang_ares.srt.predictor.card import PredictorError, check_model, load_head
+from sglang_ares.srt.predictor.start import AUTO, OFF, chosen_head
 from sglang_ares.srt.security.control_plane import ControlPlane, private_port_args
 
 if TYPE_CHECKING:
@@ -32,11 +35,15 @@ if TYPE_CHECKING:
 
     from sglang.srt.server_args import PortArgs
 
+    from sglang_ares.profiles.profile import Profile
 
-def default_server_args() -> dict[str, Any]:
+
+def default_server_args(profile: Profile | None = None) -> dict[str, Any]:
     """Upstream's server arguments where ours differ from upstream's defaults; whatever the
-    operator gives wins over them."""
+    operator gives wins over them. ``profile``: what the workers emulate, if they do."""
     defaults = {"model_path": str(MODEL_DIR), "disaggregation_transfer_backend": "nixl"}
+    if profile is not None:
+        return {**defaults, **CPU_DEFAULTS, **emulated_server_args(profile)}
     return defaults if accelerator_present() else {**defaults, **CPU_DEFAULTS}
 
 
@@ -45,14 +52,32 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
 
     Raises :class:`AresArgsError` with the flag and the remedy.
     """
-    row = first_refusal(CLUSTER, server_args)
-    if row is not None:
-        raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
     if ares_args.kv_checksum and server_args.tp_size > 1:
         raise AresArgsError(
             "--ares-kv-checksum cannot be used with --tp-size > 1: every rank holds other KV, and "
             "only one checksum travels. Drop one of them."
         )
+    prepare_host(server_args)
+    profile = profile_of(ares_args)
+    if profile is not None:
+        announce(profile, ares_args.time_dilation)
+        ares_args = ares_args.dilated()
+    _check_head(ares_args, server_args.model_path)
+    if ares_args.kv_checksum and server_args.device != "cpu":
+        server_args.disaggregation_enable_kv_checksum = True
+    server_args._ares_args = ares_args
+    server_args._ares_control = ControlPlane.create(ares_args)
+    return server_args
+
+
+def prepare_host(server_args: ServerArgs) -> None:
+    """Check upstream's arguments, and set this process's environment for workers as its children.
+
+    Raises :class:`AresArgsError` with the flag and the remedy.
+    """
+    row = first_refusal(CLUSTER, server_args)
+    if row is not None:
+        raise AresArgsError(f"{row.what} cannot be used: {row.reason} {row.remedy}")
     _check_model_path(server_args.model_path)
     if server_args.device == "cpu":
         # Before any child starts: several workers share few cores, and nothing can be learnt
@@ -60,11 +85,24 @@ def prepare_server_args(server_args: ServerArgs, ares_args: AresArgs) -> ServerA
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         give_cores_to_ranks(server_args.tp_size)
         os.environ.setdefault("SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS", "0")
-    elif ares_args.kv_checksum:
-        server_args.disaggregation_enable_kv_checksum = True
-    server_args._ares_args = ares_args
-    server_args._ares_control = ControlPlane.create(ares_args)
-    return server_args
+
+
+def _check_head(ares_args: AresArgs, model_path: str) -> None:
+    """Whether there is a head as asked for, and for this model; an emulated forward has no hidden
+    states to predict from."""
+    if ares_args.emulate:
+        if ares_args.predictor not in (AUTO, OFF):
+            raise AresArgsError(
+                "--ares-predictor needs the hidden states of a model, and --ares-emulate runs "
+                "none. Drop one of them."
+            )
+        return
+    folder = chosen_head(ares_args.predictor, model_path)
+    try:
+        if folder is not None:
+            check_model(load_head(folder)[1], model_path, folder)
+    except PredictorError as error:
+        raise AresArgsError(str(error)) from None
 
 
 def _check_model_path(model_path: str) -> None:
@@ -107,7 +145,8 @@ class Engine(UpstreamEngine):
         ares_args = AresArgs.pop_from_kwargs(kwargs)
         server_args = kwargs.get("server_args")
         if server_args is None:
-            server_args = ServerArgs(**{"log_level": "error", **default_server_args(), **kwargs})
+            defaults = default_server_args(profile_of(ares_args))
+            server_args = ServerArgs(**{"log_level": "error", **defaults, **kwargs})
         server_args = prepare_server_args(server_args, ares_args)
         self.run_detokenizer_process_func = detokenizer_of(server_args)
         super().__init__(server_args=server_args)
@@ -185,6 +224,11 @@ class Engine(UpstreamEngine):
     def ares_migrate(self, rid: str, target: int) -> dict[str, Any]:
         """Move a request and wait; the document of ``POST /ares/migrate``."""
         outcome: dict[str, Any] = self._run(self._client.migrate(rid, target))[1]
+        return outcome
+
+    def ares_change_role(self, worker_id: int, role: str) -> dict[str, Any]:
+        """Change a worker's role and wait; the document of ``POST /ares/role``."""
+        outcome: dict[str, Any] = self._run(self._client.change_role(worker_id, role))[1]
         return outcome
 
     async def async_ares_migrate(self, rid: str, target: int) -> dict[str, Any]:

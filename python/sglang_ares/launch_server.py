@@ -16,34 +16,54 @@ from sglang_ares.ares_args import AresArgs, AresArgsError
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_ares.profiles.profile import Profile
 
-def build_parser() -> argparse.ArgumentParser:
-    """Upstream's parser with the ARES group first, ``--model-path`` optional, our defaults."""
-    from sglang.srt.server_args import ServerArgs
 
-    from sglang_ares.engine import default_server_args
-
+def build_parser(profile: Profile | None = None) -> argparse.ArgumentParser:
+    """Upstream's parser with the ARES group first, ``--model-path`` optional, our defaults, which
+    depend on the profile that is emulated."""
     parser = argparse.ArgumentParser(
         prog="python -m sglang_ares.launch_server",
         description="Serve a model on a cluster of prefill and decode workers that moves running "
         "requests between decode workers. Every SGLang flag works as in SGLang.",
     )
     AresArgs.add_cli_args(parser)
+    add_upstream_args(parser, profile)
+    return parser
+
+
+def add_upstream_args(parser: argparse.ArgumentParser, profile: Profile | None = None) -> None:
+    """Every SGLang flag, ``--model-path`` optional, our defaults."""
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_ares.engine import default_server_args
+
     ServerArgs.add_cli_args(parser)
     for action in parser._actions:
         if action.dest == "model_path":
             action.required = False
             action.help = f"{action.help} Default: the embedded demo model."
-    parser.set_defaults(**default_server_args())
-    return parser
+    parser.set_defaults(**default_server_args(profile))
 
 
 def parse_args(argv: list[str]) -> tuple[ServerArgs, AresArgs]:
     """Upstream's raw server arguments and ours; flags may come from ``--config`` too."""
+    from sglang_ares.srt.emulation.settings import profile_of
+
+    server_args, namespace = parse_upstream_args(build_parser(), argv)
+    profile = profile_of(AresArgs.from_namespace(namespace))
+    if profile is not None:
+        server_args, namespace = parse_upstream_args(build_parser(profile), argv)
+    return server_args, AresArgs.from_namespace(namespace)
+
+
+def parse_upstream_args(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[ServerArgs, argparse.Namespace]:
+    """Upstream's raw server arguments, and all that was parsed; sets up logging."""
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
-    parser = build_parser()
     if "--config" in argv:
         argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
     namespace = parser.parse_args(argv)
@@ -57,7 +77,7 @@ def parse_args(argv: list[str]) -> tuple[ServerArgs, AresArgs]:
         datefmt="%Y-%m-%d %H:%M:%S",
         force=True,
     )
-    return ServerArgs.from_cli_args(namespace), AresArgs.from_namespace(namespace)
+    return ServerArgs.from_cli_args(namespace), namespace
 
 
 def check_port(host: str, port: int) -> None:

@@ -36,11 +36,12 @@ class Server:
         return [w["id"] for w in self.status()["workers"] if w["role"] == "decode"]
 
     def wait_until_idle(self, timeout_s: float = 30) -> dict[str, Any]:
-        """The status once every worker has reported that it is idle."""
+        """The status once every ready worker has reported that it is idle."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             status = self.status()
-            if all(w["pools"]["idle"] for w in status["workers"]) and not status["requests"]:
+            ready = [w for w in status["workers"] if w["state"] == "ready"]
+            if all(w["pools"]["idle"] for w in ready) and not status["requests"]:
                 return status
             time.sleep(0.2)
         raise AssertionError(f"not idle after {timeout_s} s: {status}")

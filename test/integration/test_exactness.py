@@ -11,7 +11,7 @@ import pytest
 from integration.moving import run_all
 from integration.servers import Server
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 MOVES_EACH = 3
 LOGPROB_TOLERANCE = 1e-4

@@ -31,12 +31,12 @@ def keys_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    """The first of five free ports in a row."""
+    """The first of six free ports in a row."""
     while True:
         first = free_ports(1)[0]
         with contextlib.ExitStack() as stack:
             try:
-                for other in range(first, first + 5):
+                for other in range(first, first + 6):
                     probe = stack.enter_context(socket.socket())
                     probe.bind(("127.0.0.1", other))
             except OSError:
@@ -106,7 +106,8 @@ def test_members_are_heard_and_others_are_not(
     assert reply is not None and reply.status == 200
     assert ask(port, None) is None
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
-    for other in range(port + 1, port + 5):  # the controller's mailbox and the three workers'
+    # The controller's mailbox, the three workers', and the outputs of other hosts.
+    for other in range(port + 1, port + 6):
         stranger = context.socket(zmq.PUSH)
         stranger.connect(f"tcp://127.0.0.1:{other}")
         for _ in range(5):

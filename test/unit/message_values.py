@@ -52,7 +52,10 @@ def _value(info: Any, rng: random.Random) -> Any:
         case inspect.BytesType():
             return bytes(rng.randrange(256) for _ in range(rng.randint(0, 12)))
         case inspect.ListType() | inspect.VarTupleType():
-            return [_value(info.item_type, rng) for _ in range(rng.randint(0, 3))]
+            least = getattr(info, "min_length", None) or 0
+            return [_value(info.item_type, rng) for _ in range(rng.randint(least, 3))]
+        case inspect.TupleType():
+            return [_value(item, rng) for item in info.item_types]
         case inspect.DictType():
             return {
                 _value(info.key_type, rng): _value(info.value_type, rng)

@@ -12,7 +12,11 @@ from sglang.srt.utils.auth import add_api_key_middleware
 from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 
-ENDPOINTS = (("GET", "/ares/status"), ("GET", "/ares/requests"), ("POST", "/ares/migrate"))
+ENDPOINTS = (
+    ("GET", "/ares/status"),
+    ("GET", "/ares/requests"),
+    ("POST", "/ares/migrate"),
+)
 MOVE = {"rid": "a", "target": 1}
 
 
@@ -52,3 +56,10 @@ def test_bad_bodies_are_400_and_say_what_was_expected(tmp_path: Path, body: byte
     answer = client(tmp_path).post("/ares/migrate", content=body)
     assert answer.status_code == 400
     assert '"rid": string' in answer.json()["reason"]
+
+
+@pytest.mark.parametrize("body", [b"", b'{"placement": 1}', b'{"policy": "none"}'])
+def test_bad_policies_are_400(tmp_path: Path, body: bytes) -> None:
+    answer = client(tmp_path).post("/ares/policy", content=body)
+    assert answer.status_code == 400
+    assert '"rescheduling": name' in answer.json()["reason"]

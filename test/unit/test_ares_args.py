@@ -52,11 +52,20 @@ OTHER_VALUES: dict[str, Any] = {
     "memory_floor": 0.2,
     "control_host": "0.0.0.0",
     "curve_keys": "keys",
+    "emulate": "profile.json",
+    "role_emptying": "wait",
+    "emulate_predictions": "noisy",
+    "predictor": "heads/mine",
+    "predictor_record": "states",
 }
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
 def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
+    if field.name == "roles":
+        slos = ("--ares-ttft-slo-ms", "1000", "--ares-tpot-slo-ms", "50")
+        assert parsed("--ares-roles", "arrow", *slos).roles == "arrow"
+        return
     value = OTHER_VALUES.get(field.name)
     if isinstance(field.default, bool):
         name = flag_name(field.name)
@@ -83,6 +92,12 @@ def test_every_flag_is_explained(field: dataclasses.Field[Any]) -> None:
     assert len(field.metadata["help"]) > 15
 
 
+@pytest.mark.parametrize("given", [{}, {"ttft_slo_ms": 1000.0}, {"tpot_slo_ms": 50.0}])
+def test_planners_of_roles_need_both_slos(given: dict[str, float]) -> None:
+    with pytest.raises(AresArgsError, match="--ares-ttft-slo-ms and --ares-tpot-slo-ms"):
+        AresArgs(roles="ares", **given)  # type: ignore[arg-type]
+
+
 def test_flag_names() -> None:
     assert flag_name("decode_workers") == "--ares-decode-workers"
 
@@ -99,7 +114,7 @@ def test_total_workers() -> None:
 def test_choices_come_from_the_registries() -> None:
     metadata = {f.name: f.metadata for f in FIELDS}
     assert metadata["placement"]["choices"] == PLACEMENT.names()
-    assert metadata["rescheduling"]["choices"] == RESCHEDULING.names()
+    assert metadata["rescheduling"]["choices"] == RESCHEDULING.served_names()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +268,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_hierarchical_cache": True}, "hierarchical_cache"),
     ({"enable_hisparse": True}, "hierarchical_cache"),
     ({"enable_lmcache": True}, "hierarchical_cache"),
+    ({"enable_pd_role_switch": True}, "role_switch"),
     ({"is_embedding": True}, "embedding"),
     ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),
     ({"tokenizer_worker_num": 2}, "tokenizer_workers"),

@@ -454,7 +454,7 @@ def test_status_document(state: ClusterState) -> None:
         "in_flight": 1,
         "tokens_sent": 21,
         "tokens_saved": 3,
-        "causes": {"manual": 0, "policy": 4, "memory": 0, "drain": 0},
+        "causes": {"manual": 0, "policy": 4, "memory": 0, "drain": 0, "role": 0},
     }
     assert [w["id"] for w in document["workers"]] == [P0, D1, D2]
     required = {"id", "role", "state", "restarts", "pids", "running", "queued",
@@ -475,7 +475,9 @@ def test_requests_document(state: ClusterState) -> None:
     dispatch(state, "new", P0, D2, 40)
     state.note_report(report(D1, {"r": 33}))
     first, second = json.loads(json.dumps(state.requests()))
-    assert set(first) == {"rid", "worker", "tokens", "age_s", "attempt"}
+    assert set(first) == {
+        *("rid", "worker", "tokens", "output_tokens", "predicted_remaining", "age_s", "attempt")
+    }
     assert (first["rid"], first["worker"], first["tokens"]) == ("r", D1, 33)
     assert (second["rid"], second["worker"]) == ("new", D2)
     assert first["age_s"] >= second["age_s"] >= 0

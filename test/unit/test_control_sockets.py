@@ -325,11 +325,11 @@ def test_broken_keys_name_the_flag(tmp_path: Path) -> None:
 
 def test_with_keys_every_address_is_possible(folder: Path) -> None:
     plane = ControlPlane.create(AresArgs(control_host="0.0.0.0", curve_keys=str(folder)))
-    assert plane.keys is not None and len(plane.ports) == 5
+    assert plane.keys is not None and len(plane.ports) == 6
     for endpoint, port in zip(
-        (plane.front, plane.controller, *plane.workers), plane.ports, strict=True
+        (plane.front, plane.controller, *plane.workers, plane.outputs), plane.ports, strict=True
     ):
-        assert endpoint.bind == f"tcp://0.0.0.0:{port}"
+        assert endpoint is not None and endpoint.bind == f"tcp://0.0.0.0:{port}"
         assert "0.0.0.0" not in endpoint.connect and endpoint.connect.endswith(f":{port}")
     Path(plane.runtime_dir).rmdir()
 
@@ -337,7 +337,7 @@ def test_with_keys_every_address_is_possible(folder: Path) -> None:
 def test_a_given_port_makes_them_tcp_on_loopback_too() -> None:
     first = free_ports(1)[0]
     plane = ControlPlane.create(AresArgs(control_port=first, decode_workers=1))
-    assert plane.ports == (first, first + 1, first + 2, first + 3)
+    assert plane.ports == tuple(range(first, first + 5))
     assert plane.front.connect == f"tcp://127.0.0.1:{first}"
     Path(plane.runtime_dir).rmdir()
 

@@ -10,7 +10,6 @@ import pytest
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_ares.ares_args import AresArgs
-from sglang_ares.srt.managers import controller as controller_module
 from sglang_ares.srt.managers.cluster_state import (
     DYING,
     FAILED_FOR_GOOD,
@@ -22,15 +21,21 @@ from sglang_ares.srt.managers.cluster_state import (
     WorkerView,
 )
 from sglang_ares.srt.managers.controller import AresController
+from sglang_ares.srt.managers.dispatcher import Dispatcher
 from sglang_ares.srt.managers.front_desk import FrontDesk
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     MigrateQuery,
+    PolicyQuery,
     QueryReply,
     StartMigration,
     WorkerInbound,
 )
+from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mover import Mover
+from sglang_ares.srt.managers.role_changes import RoleChanges
+from sglang_ares.srt.managers.role_planner import RolePlanner
+from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 
 P0, D1, D2 = 0, 1, 2
@@ -71,15 +76,47 @@ class Controller(AresController):
         self.ended: list[str] = []
         recovery.on_abort = lambda owner: self.ended.append(owner.rid)
         self.recovery = recovery  # type: ignore[assignment]
-        self.workers = ["to 0", "to 1", "to 2"]  # type: ignore[list-item]
+        self.put: list[tuple[str, Any]] = []
+        self.workers = [self._line(name) for name in ("to 0", "to 1", "to 2")]
         self.to_all: list[Any] = []
         args = AresArgs()
-        self.mover = Mover(self.state, args, 512, self.tell, now=0.0)
-        self.desk = FrontDesk(front, self.state, self.mover, args, "/run", [], self.tell)
+        predictions = LengthPredictions(use_prior=True)
+        self.mover = Mover(self.state, args, 512, self.tell, predictions, now=0.0)
+        self.dispatcher = Dispatcher(
+            self.state,
+            SimpleNamespace(),
+            [],
+            args.placement,
+            SimpleNamespace(),
+            self.tell,
+            predictions,
+        )
+        host: Any = self
+        self.roles = RoleChanges(host, self.state, None, 30.0)
+        slo = Slo(ttft_ms=0.0, tpot_ms=0.0)
+        self.planner = RolePlanner(
+            self.state, self.roles, "static", slo, lambda: self.mover.cost, now=0.0
+        )
+        self.desk = FrontDesk(
+            front,
+            self.state,
+            self.mover,
+            self.dispatcher,
+            predictions,
+            self.roles,
+            self.planner,
+            args,
+            "/run",
+            [],
+            self.tell,
+        )
 
     def _keep_reply(self, parts: list[bytes]) -> None:
         reply = Decoder(QueryReply).decode(parts[1])
         self.replies.append((reply.status, msgspec.json.decode(reply.body)))
+
+    def _line(self, name: str) -> Any:
+        return SimpleNamespace(put=lambda obj: self.put.append((name, obj)))
 
     def send_control_message(self, obj: Any) -> None:
         self.to_all.append(obj)
@@ -105,12 +142,8 @@ def controller() -> Controller:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    sent: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(
-        controller_module, "sock_send", lambda socket, obj: sent.append((socket, obj))
-    )
-    return sent
+def sent(controller: Controller) -> list[tuple[str, Any]]:
+    return controller.put
 
 
 # --- moves on command -----------------------------------------------------------------------
@@ -153,7 +186,7 @@ def test_other_refusals(controller: Controller) -> None:
 
 
 def test_an_abort_goes_to_the_two_workers_of_the_request(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     owner = controller.own("r", D2)
     owner.attempt = 1
@@ -164,7 +197,7 @@ def test_an_abort_goes_to_the_two_workers_of_the_request(
 
 
 def test_an_abort_is_not_sent_to_the_dead(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     """Recovery confirms it, once the worker is buried."""
     owner = controller.own("r", D2)
@@ -174,7 +207,7 @@ def test_an_abort_is_not_sent_to_the_dead(
 
 
 def test_the_abort_of_a_request_that_is_nowhere_is_recoverys(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     controller.own("r").recovering = True
     controller.own("other")
@@ -183,7 +216,7 @@ def test_the_abort_of_a_request_that_is_nowhere_is_recoverys(
 
 
 def test_the_abort_of_a_moving_request_goes_to_all(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     controller.own("r")
     controller.state.note_migration_started(5, MovingRequest("r#00", D1, D2))
@@ -192,7 +225,7 @@ def test_the_abort_of_a_moving_request_goes_to_all(
 
 
 def test_abort_all_reaches_workers_and_requests_that_are_nowhere(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     controller.own("a")
     controller.own("b").recovering = True
@@ -203,7 +236,7 @@ def test_abort_all_reaches_workers_and_requests_that_are_nowhere(
 
 
 def test_an_abort_of_a_stranger_is_upstreams(
-    controller: Controller, sent: list[tuple[Any, Any]]
+    controller: Controller, sent: list[tuple[str, Any]]
 ) -> None:
     controller.own("r")
     controller.route_abort(AbortReq(rid="HEALTH_CHECK_1"))
@@ -224,3 +257,36 @@ def test_a_role_is_missing_when_all_of_it_is_given_up(controller: Controller) ->
     assert controller.missing_role() == (
         "no decode worker is left: worker 1 died (exit code -9); worker 2 died (exit code -9)"
     )
+
+
+# --- policies -------------------------------------------------------------------------------
+
+
+def use(controller: Controller, placement: str, rescheduling: str) -> tuple[int, Any]:
+    controller.desk.answer(
+        b"front", PolicyQuery(query_id=1, placement=placement, rescheduling=rescheduling)
+    )
+    return controller.replies[-1]
+
+
+def test_policies_change_while_the_cluster_serves() -> None:
+    controller = Controller()
+    assert use(controller, "round_robin", "none") == (
+        200,
+        {"placement": "round_robin", "rescheduling": "none"},
+    )
+    assert [controller.dispatcher.choose(1) for _ in range(3)] == [(P0, D1), (P0, D2), (P0, D1)]
+    assert use(controller, "", "reactive")[1] == {
+        "placement": "round_robin",
+        "rescheduling": "reactive",
+    }
+
+
+def test_an_unknown_policy_changes_nothing() -> None:
+    controller = Controller()
+    before = use(controller, "", "")[1]
+    for name in ("nobodys", "oracle"):  # the oracle is for the simulator only
+        status, body = use(controller, "round_robin", name)
+        assert status == 400
+        assert name in body["reason"] and "reactive" in body["reason"]
+    assert use(controller, "", "")[1] == before

@@ -26,6 +26,7 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
         "docs/structure.md",
         "docs/migration.md",
         "docs/security.md",
+        "docs/simulator.md",
         "docs/results/README.md",
     ],
 )

@@ -279,11 +279,10 @@ def peer(worker_id: int, role: str = "decode", endpoint: str = "ipc:///x") -> Pe
 
 
 def test_lists_of_peers() -> None:
-    assert peers_fault([peer(0), peer(1)], 1, "decode") is None
-    assert peers_fault([peer(0), peer(0)], 0, "decode")
-    assert peers_fault([peer(0)], 1, "decode")
-    assert peers_fault([peer(1)], 1, "prefill")
-    assert peers_fault([peer(1), peer(2, endpoint="inproc://x")], 1, "decode")
+    assert peers_fault([peer(0), peer(1)], 1) is None
+    assert peers_fault([peer(0), peer(0)], 0)
+    assert peers_fault([peer(0)], 1)
+    assert peers_fault([peer(1), peer(2, endpoint="inproc://x")], 1)
 
 
 # --- messages out of place ------------------------------------------------------------------

@@ -39,11 +39,13 @@ from sglang_ares.srt.managers.io_struct import (
     ControllerInbound,
     Decoder,
     FrontInbound,
+    HostInbound,
     Landed,
     LedgerInbound,
     Message,
     MigrationResult,
     Offer,
+    OutputsInbound,
     Peer,
     QueryReply,
     StartMigration,
@@ -59,6 +61,8 @@ UNIONS: dict[str, Any] = {
     "ledger": LedgerInbound,
     "front": FrontInbound,
     "reply": QueryReply,
+    "outputs": OutputsInbound,
+    "host": HostInbound,
 }
 MESSAGES: list[type[Message]] = [
     c for c in vars(io_struct).values()
@@ -278,6 +282,8 @@ def field_types(info: Any) -> list[Any]:
             below = list(info.types)
         case inspect.ListType() | inspect.VarTupleType() | inspect.SetType():
             below = [info.item_type]
+        case inspect.TupleType():
+            below = list(info.item_types)
         case inspect.DictType():
             below = [info.key_type, info.value_type]
         case _:
@@ -289,8 +295,8 @@ def field_types(info: Any) -> list[Any]:
 
 PLAIN_TYPES = (
     inspect.StructType, inspect.UnionType, inspect.ListType, inspect.VarTupleType,
-    inspect.SetType, inspect.DictType, inspect.IntType, inspect.FloatType, inspect.StrType,
-    inspect.BytesType, inspect.BoolType, inspect.NoneType,
+    inspect.TupleType, inspect.SetType, inspect.DictType, inspect.IntType, inspect.FloatType,
+    inspect.StrType, inspect.BytesType, inspect.BoolType, inspect.NoneType,
 )  # fmt: skip
 
 
@@ -301,6 +307,13 @@ def test_a_message_holds_plain_types_only(message_type: type[Message]) -> None:
         assert isinstance(info, PLAIN_TYPES), info
 
 
+def _alternatives(info: Any) -> list[Any]:
+    """What a field may hold, the items of a tuple of fixed length among it."""
+    found = list(info.types) if isinstance(info, inspect.UnionType) else [info]
+    tuples = [part for part in found if isinstance(part, inspect.TupleType)]
+    return found + [item for part in tuples for item in part.item_types]
+
+
 @pytest.mark.parametrize("message_type", MESSAGES, ids=lambda c: c.__name__)
 def test_numbers_and_lists_of_our_own_have_bounds(message_type: type[Message]) -> None:
     """Except where only the size of the whole message bounds them: the text and the output of
@@ -309,7 +322,7 @@ def test_numbers_and_lists_of_our_own_have_bounds(message_type: type[Message]) -
     for info in field_types(inspect.type_info(message_type)):
         if isinstance(info, inspect.StructType) and info.cls is not SamplingParams:
             for f in info.fields:
-                for part in f.type.types if isinstance(f.type, inspect.UnionType) else [f.type]:
+                for part in _alternatives(f.type):
                     if isinstance(part, inspect.IntType) and f.name not in free:
                         assert part.ge is not None and (part.lt or part.le) is not None, f
                     if isinstance(part, inspect.FloatType):

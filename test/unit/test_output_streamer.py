@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
@@ -16,8 +18,6 @@ from sglang_ares.srt.managers.io_struct import Message, RequestFailed
 from sglang_ares.srt.managers.output_streamer import (
     KV_FAILURES,
     AresOutputStreamer,
-    DecodeOutputStreamer,
-    PrefillOutputStreamer,
     TokenizerEcho,
     has_news,
     kv_failure,
@@ -32,7 +32,11 @@ class Agent(WorkerAgent):
 
     def __init__(self) -> None:
         spec: Any = SimpleNamespace(
-            worker_id=3, role="decode", incarnation=0, report_interval_s=1.0
+            worker_id=3,
+            role="decode",
+            incarnation=0,
+            report_interval_s=1.0,
+            outputs_endpoint=None,
         )
         super().__init__(spec, speaks=False)
         self.reports: list[Message] = []
@@ -78,12 +82,14 @@ def new_req(rid: str = "r#00", output: int = 2, sent: int = 0, reason: Any = Non
     return req
 
 
-def stream(cls: type, *reqs: Req, skip: Any = None) -> None:
-    streamer: Any = object.__new__(cls)
+def stream(mode: DisaggregationMode, *reqs: Req, skip: Any = None) -> None:
+    streamer: Any = object.__new__(AresOutputStreamer)
+    object.__setattr__(streamer, "disaggregation_mode", mode)
     streamer.stream_output(list(reqs), True, skip)
 
 
-BOTH = pytest.mark.parametrize("cls", [PrefillOutputStreamer, DecodeOutputStreamer])
+PREFILL, DECODE = DisaggregationMode.PREFILL, DisaggregationMode.DECODE
+BOTH = pytest.mark.parametrize("mode", [PREFILL, DECODE])
 
 
 # --- what is a failed transfer --------------------------------------------------------------
@@ -117,18 +123,32 @@ def test_news_are_streamed_and_silence_is_not(agent: Agent, told: Told) -> None:
     news, landed = new_req("news#00", 3, 2), new_req("landed#00", 3, 3)
     assert has_news(news) and not has_news(landed)
     skip = object()
-    stream(DecodeOutputStreamer, news, landed, skip=skip)
+    stream(DECODE, news, landed, skip=skip)
     assert told.calls == [(["news#00"], True, skip)]
 
 
+def test_the_lengths_of_what_came_to_its_end_are_noted_once(
+    agent: Agent, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of clients' requests, that is, and of those that nobody aborted."""
+    lengths: list[int] = []
+    monkeypatch.setattr(agent, "note_ended", lengths.append)
+    ended, aborted = new_req(output=7, reason=FINISH_LENGTH(7)), new_req(reason=FINISH_ABORT())
+    probe = new_req(f"{HEALTH_CHECK_RID_PREFIX}_1", 1, reason=FINISH_LENGTH(1))
+    stream(DECODE, ended, aborted, probe, new_req("running#00", 3))
+    ended.finished_output = True
+    stream(DECODE, ended)
+    assert lengths == [7]
+
+
 def test_an_end_without_a_token_is_streamed(agent: Agent, told: Told) -> None:
-    stream(DecodeOutputStreamer, new_req(output=3, sent=3, reason=FINISH_LENGTH(3)))
+    stream(DECODE, new_req(output=3, sent=3, reason=FINISH_LENGTH(3)))
     assert told.rids == ["r#00"]
 
 
 def test_nothing_to_say_is_no_message(agent: Agent, told: Told) -> None:
-    stream(DecodeOutputStreamer)
-    stream(DecodeOutputStreamer, new_req(output=3, sent=3))
+    stream(DECODE)
+    stream(DECODE, new_req(output=3, sent=3))
     assert not told.calls
 
 
@@ -137,7 +157,7 @@ def test_nothing_to_say_is_no_message(agent: Agent, told: Told) -> None:
 
 def test_a_prefill_worker_streams_errors_only(agent: Agent, told: Told) -> None:
     stream(
-        PrefillOutputStreamer,
+        PREFILL,
         new_req("first-token#00", 1),
         new_req("only-one#00", 1, reason=FINISH_LENGTH(1)),
         new_req("too-long#00", 0, reason=FINISH_ABORT("the input is too long", 400)),
@@ -150,26 +170,28 @@ def test_a_prefill_worker_streams_errors_only(agent: Agent, told: Told) -> None:
 
 @BOTH
 def test_a_failed_transfer_is_told_to_the_controller_only(
-    cls: type, agent: Agent, told: Told
+    mode: DisaggregationMode, agent: Agent, told: Told
 ) -> None:
-    stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+    stream(mode, new_req(reason=FINISH_ABORT(FAILED, 500)))
     assert not told.calls
     assert agent.reports == [RequestFailed(rid="r#00", worker_id=3, reason=FAILED.splitlines()[0])]
     assert agent.is_void("r#00")
 
 
 @BOTH
-def test_it_is_told_once(cls: type, agent: Agent, told: Told) -> None:
+def test_it_is_told_once(mode: DisaggregationMode, agent: Agent, told: Told) -> None:
     for _ in range(3):
-        stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+        stream(mode, new_req(reason=FINISH_ABORT(FAILED, 500)))
     assert len(agent.reports) == 1 and not told.calls
 
 
 @BOTH
-def test_a_void_attempt_says_nothing_to_anybody(cls: type, agent: Agent, told: Told) -> None:
+def test_a_void_attempt_says_nothing_to_anybody(
+    mode: DisaggregationMode, agent: Agent, told: Told
+) -> None:
     agent.note_void("r#00")
     stream(
-        cls,
+        mode,
         new_req(),
         new_req(reason=FINISH_LENGTH(2)),
         new_req(reason=FINISH_ABORT("Aborted")),
@@ -179,27 +201,29 @@ def test_a_void_attempt_says_nothing_to_anybody(cls: type, agent: Agent, told: T
 
 
 @BOTH
-def test_the_next_attempt_is_heard(cls: type, agent: Agent, told: Told) -> None:
+def test_the_next_attempt_is_heard(mode: DisaggregationMode, agent: Agent, told: Told) -> None:
     agent.note_void("r#00")
-    stream(cls, new_req("r#01", reason=FINISH_ABORT("the input is too long")))
+    stream(mode, new_req("r#01", reason=FINISH_ABORT("the input is too long")))
     assert told.rids == ["r#01"]
 
 
 @BOTH
 def test_a_client_that_has_left_gets_the_end_not_another_attempt(
-    cls: type, agent: Agent, told: Told
+    mode: DisaggregationMode, agent: Agent, told: Told
 ) -> None:
     """Its abort is why the transfer failed; the front waits for the confirmation."""
     agent.note_aborted("r#00")
-    stream(cls, new_req(reason=FINISH_ABORT(FAILED, 500)))
+    stream(mode, new_req(reason=FINISH_ABORT(FAILED, 500)))
     assert told.rids == ["r#00"] and not agent.reports
 
 
 @BOTH
-def test_neighbours_of_a_failed_request_are_heard(cls: type, agent: Agent, told: Told) -> None:
+def test_neighbours_of_a_failed_request_are_heard(
+    mode: DisaggregationMode, agent: Agent, told: Told
+) -> None:
     error = FINISH_ABORT("the input is too long")
     stream(
-        cls,
+        mode,
         new_req("a#00", reason=error),
         new_req("bad#00", reason=FINISH_ABORT(FAILED, 500)),
         new_req("b#02", reason=error),

@@ -45,6 +45,12 @@ class FakeWorker:
         self.info = {"max_total_num_tokens": 4321}
         self.pids = [100 + worker_id]
         self.loaded: bool | str = False
+        self.ranks = ranks
+        self.left, self.ending = False, None
+
+    @property
+    def cause_of_death(self) -> str:
+        return f"died (exit code {next(p.exitcode for p in self.processes if not p.alive)})"
 
     @property
     def alive(self) -> bool:

@@ -69,6 +69,31 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "tokenizer_manager.py"),
     ("managers.io_struct", "ActiveRanksOutput", ("status",), "controller.py"),
     ("managers.io_struct", "ShutdownReq", (), "controller.py"),
+    # --- workers on other hosts --------------------------------------------------------------
+    ("managers.io_struct", "CloseSessionReqInput", (), "remote_io.py"),
+    ("managers.io_struct", "ConfigureLoggingReq", (), "remote_io.py"),
+    ("managers.io_struct", "ContinueGenerationReqInput", (), "remote_io.py"),
+    ("managers.io_struct", "FlushCacheReqInput", (), "remote_io.py"),
+    ("managers.io_struct", "FlushCacheReqOutput", (), "remote_io.py"),
+    ("managers.io_struct", "FreezeGCReq", (), "remote_io.py"),
+    ("managers.io_struct", "GetInternalStateReq", (), "remote_io.py"),
+    ("managers.io_struct", "GetInternalStateReqOutput", (), "remote_io.py"),
+    ("managers.io_struct", "HealthCheckOutput", (), "remote_io.py"),
+    ("managers.io_struct", "OpenSessionReqInput", (), "remote_io.py"),
+    ("managers.io_struct", "PauseGenerationReqInput", (), "remote_io.py"),
+    ("managers.io_struct", "BatchTokenizedGenerateReqInput", (), "tokenizer_manager.py"),
+    ("managers.tokenizer_manager", "TokenizerManager._dispatch_to_scheduler", ("obj",),
+     "tokenizer_manager.py"),
+    ("managers.tokenizer_manager", "TokenizerManager._async_dispatch_to_scheduler", ("obj",),
+     "tokenizer_manager.py"),
+    ("managers.data_parallel_controller", "DataParallelController.send_to_all_workers", ("obj",),
+     "controller.py"),
+    ("managers.scheduler", "Scheduler.process_input_requests", ("recv_reqs",),
+     "remote_requests.py"),
+    ("managers.scheduler_components.ipc_channels", "SchedulerIpcChannels",
+     ("send_to_tokenizer", "send_to_detokenizer"), "remote_requests.py"),
+    ("utils.weight_versions", "WeightVersionSpan", ("version", "start", "end"),
+     "remote_outputs.py"),
     ("managers.detokenizer_manager", "run_detokenizer_process",
      ("server_args", "port_args", "detokenizer_manager_class"), "worker_process.py"),
     ("managers.detokenizer_manager", "DetokenizerManager", ("server_args", "port_args"),
@@ -154,11 +179,26 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "SchedulerRequestReceiver._broadcast_reqs_across_ranks", ("recv_reqs", "local_reqs"),
      "control_intake.py"),
     ("managers.scheduler", "Scheduler.init_disaggregation", (), "scheduler.py"),
+    ("managers.scheduler", "Scheduler._sync_disaggregation_mode_to_subcomponents", (),
+     "roles.py"),
+    ("managers.tp_worker", "TpModelWorker.ensure_decode_cuda_graphs", ("capture_bs",),
+     "roles.py"),
+    ("managers.schedule_batch", "ScheduleBatch", ("reqs", "batch_is_full"), "roles.py"),
+    ("disaggregation.prefill", "PrefillBootstrapQueue",
+     ("token_to_kv_pool", "draft_token_to_kv_pool", "req_to_metadata_buffer_idx_allocator",
+      "metadata_buffers", "gpu_id", "bootstrap_port", "gloo_group", "max_total_num_tokens",
+      "scheduler", "scheduler_stage_metrics", "transfer_backend"), "roles.py"),
+    ("disaggregation.role_switch", "PdRoleSwitchRestart", (), "role_switch.py"),
+    ("runtime_context", "get_context", (), "roles.py"),
+    ("runtime_context", "RuntimeContext.override", (), "roles.py"),
+    ("runtime_context", "get_device", (), "roles.py"),
+    ("environ", "envs", (), "refusals.py"),
     ("managers.scheduler", "Scheduler.get_output_streamer_class", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.ingest_requests", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.process_decode_queue", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.process_batch_result", ("batch", "result"),
      "scheduler.py"),
+    ("managers.scheduler", "Scheduler.run_batch", ("batch",), "scheduler.py"),
     ("managers.scheduler", "Scheduler.on_idle", (), "scheduler.py"),
     ("managers.scheduler", "Scheduler.is_fully_idle", ("for_health_check", "ignore_waiting"),
      "scheduler.py"),
@@ -201,6 +241,11 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("constrained.base_grammar_backend", "BaseGrammarObject.accept_token", ("token",),
      "request_state.py"),
     ("model_executor.forward_batch_info", "ForwardMode.is_decode", (), "scheduler.py"),
+    # --- the emulated forward ----------------------------------------------------------------
+    ("managers.utils", "GenerationBatchResult", ("logits_output", "next_token_ids"),
+     "forward.py"),
+    ("layers.logits_processor", "LogitsProcessorOutput", ("next_token_logits",), "forward.py"),
+    ("model_executor.forward_batch_info", "ForwardMode.is_extend", (), "forward.py"),
     # --- memory ------------------------------------------------------------------------------
     ("mem_cache.common", "release_kv_cache", ("req", "tree_cache", "is_insert"),
      "migration_host.py"),
@@ -271,6 +316,18 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      ("kv_indices", "aux_index", "state_indices", "decode_prefix_len"), "target.py"),
     ("disaggregation.nixl.conn", "NixlKVManager",
      ("args", "disaggregation_mode", "server_args", "is_mla_backend"), "kv_link.py"),
+    # --- the length predictor ----------------------------------------------------------------
+    ("managers.auxiliary_output", "CommittedTokens", ("output_index", "token_ids"),
+     "tracker.py"),
+    ("managers.auxiliary_output", "append_auxiliary_output", ("current", "output"),
+     "runtime.py"),
+    ("managers.auxiliary_output", "DeviceAuxiliaryOutput.copy_to_host", ("copy_tensor",),
+     "runtime.py"),
+    ("managers.auxiliary_output", "HostAuxiliaryOutput.consume", ("batch", "commits"),
+     "runtime.py"),
+    ("managers.utils", "GenerationBatchResult.copy_auxiliary_output_to_cpu", (), "runtime.py"),
+    ("layers.logits_processor", "LogitsProcessorOutput",
+     ("customized_info", "auxiliary_device_output"), "runtime.py"),
     # --- the CPU platform --------------------------------------------------------------------
     ("platforms.cpu", "CpuDeviceMixin", (), "platforms/cpu.py"),
     ("platforms.device_mixin", "PlatformEnum.OOT", (), "platforms/cpu.py"),
@@ -287,6 +344,11 @@ HOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (plugin.CONTROLLER, ("server_args", "port_args")),
     (plugin.SAMPLING_INFO, ("batch",)),
     (plugin.PENALTY_FEED, ("self",)),
+    (plugin.FORWARD, ("self", "batch")),
+    (plugin.KV_PEER, ("self", "decode_kv_args")),
+    (plugin.PRUNED_STATES, ("self", "hidden_states")),
+    (plugin.LOGITS, ("self", "input_ids", "hidden_states")),
+    (plugin.SAMPLE, ("self", "logits_output", "forward_batch")),
     (plugin.SEEDED_DRAW, ("logprobs", "seed", "positions")),
     (
         plugin.TORCH_SAMPLER,
@@ -312,14 +374,16 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "__init__", "init_ipc_channels", "init_idle_sleeper", "init_disaggregation",
             "init_request_receiver",
             "get_output_streamer_class", "ingest_requests", "process_decode_queue",
-            "process_batch_result", "on_idle", "is_fully_idle", "handle_generate_request",
-            "_add_request_to_queue", "abort_request", "_get_new_prebuilt_batch",
+            "process_batch_result", "run_batch", "on_idle", "is_fully_idle",
+            "handle_generate_request", "_add_request_to_queue", "abort_request",
+            "_get_new_prebuilt_batch",
         ),
     ),
     "AresController": (
         "sglang_ares.srt.managers.controller",
         "sglang.srt.managers.data_parallel_controller.DataParallelController",
-        ("launch_dp_schedulers", "init_dispatcher", "event_loop"),
+        ("launch_dp_schedulers", "init_dispatcher", "event_loop", "send_control_message",
+         "send_to_all_workers"),
     ),
     "Engine": (
         "sglang_ares.engine",
@@ -332,22 +396,18 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "AresTokenizerManager": (
         "sglang_ares.srt.managers.tokenizer_manager",
         "sglang.srt.managers.tokenizer_manager.TokenizerManager",
-        ("update_active_ranks",),
+        (
+            "update_active_ranks", "_dispatch_to_scheduler", "_async_dispatch_to_scheduler",
+            "update_request_meta_info",
+        ),
     ),
     "AresOutputStreamer": (
         "sglang_ares.srt.managers.output_streamer",
         "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
-        (),
-    ),
-    "PrefillOutputStreamer": (
-        "sglang_ares.srt.managers.output_streamer",
-        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
-        ("stream_output",),
-    ),
-    "DecodeOutputStreamer": (
-        "sglang_ares.srt.managers.output_streamer",
-        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer",
-        ("stream_output",),
+        (
+            "stream_output", "has_additional_customized_info",
+            "should_build_additional_customized_info", "build_additional_customized_info",
+        ),
     ),
     "AresDetokenizerManager": (
         "sglang_ares.srt.managers.detokenizer_manager",
@@ -420,6 +480,8 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "self._scheduler": (SCHEDULER,),
     "self.idle_sleeper": ("managers.scheduler_components.idle_sleeper.IdleSleeper",),
     "self.grammar_manager": ("constrained.grammar_manager.GrammarManager",),
+    "tp_worker": ("managers.tp_worker.TpModelWorker",),
+    "tp_worker.model_config": ("configs.model_config.ModelConfig",),
     "scheduler.model_config": ("configs.model_config.ModelConfig",),
     "scheduler.tp_worker": ("managers.tp_worker.TpModelWorker",),
     "scheduler.tp_worker.model_runner": ("model_executor.model_runner.ModelRunner",),
@@ -460,6 +522,9 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "sender.get_transfer_metric()": ("disaggregation.base.conn.KVTransferMetric",),
     "receiver": ("disaggregation.nixl.conn.NixlKVReceiver",),
     "self._receiver": ("disaggregation.nixl.conn.NixlKVReceiver",),
+    "send_manager": ("disaggregation.nixl.conn.NixlKVManager",),
+    "send_manager.kv_args": ("disaggregation.base.conn.KVArgs",),
+    "scheduler.server_args": ("server_args.ServerArgs",),
     "server_args": ("server_args.ServerArgs",),
     "worker_args": ("server_args.ServerArgs",),
     "self.server_args": ("server_args.ServerArgs",),
@@ -467,6 +532,10 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "front": ("server_args.PortArgs",),
     "w.port_args": ("server_args.PortArgs",),
     "tokenizer_manager": ("managers.tokenizer_manager.TokenizerManager",),
+    "scheduler.ipc_channels": ("managers.scheduler_components.ipc_channels.SchedulerIpcChannels",),
+    "scheduler.ipc_channels.send_to_tokenizer": (
+        "managers.scheduler_components.output_sender.SenderWrapper",
+    ),
     "KVPoll": ("disaggregation.base.conn.KVPoll",),
 }
 # Configuration bags: their fields are declared in these modules.
@@ -474,18 +543,25 @@ BAGS = {
     "get_parallel()": "arg_groups.fields.parallel",
     "get_observability()": "arg_groups.fields.observability",
     "get_disagg()": "arg_groups.fields.disagg",
+    "get_device()": "arg_groups.fields.device",
 }
 # Expressions that start like one of the above and hold something of ours or of Python.
 NOT_UPSTREAMS = {
     "req.output_ids", "self._scheduler.ares", "scheduler.ares", "self._scheduler.ares.received",
     "self._scheduler.waiting_queue", "orchestrator.penalizers", "pool.endpoint",
+    "scheduler.predictions",
     "penalizer.frequency_penalties[row, 0]", "self.idle_sleeper.poller", "batch.reqs",
-    "communicator._result_event",
+    "communicator._result_event", "batch.seq_lens", "scheduler.emulated",
+    "scheduler.spec", "self._scheduler.spec",
+    "scheduler.ares.dropped", "self._scheduler.ares.dropped",
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.
 OURS = {
     "server_args": {"_ares_args", "_ares_control"},
     "self.server_args": {"_ares_args", "_ares_control"},
+    "tokenizer_manager": {"workers_here"},
+    "scheduler": {"spec"},
+    "self._scheduler": {"spec"},
 }
 # Attributes that upstream sets on an object outside its class, and the module that reads them.
 SET_ELSEWHERE = {
@@ -890,14 +966,6 @@ def test_the_last_chunk_is_found_by_the_number_announced_last() -> None:
     sender.init(sender.curr_idx + 3, 1)
     _, index_slice, is_last, _ = sender._prepare_send_indices(pages)
     assert is_last and index_slice == slice(3, 6)
-
-
-def test_kv_args_can_be_copied_and_changed() -> None:
-    from sglang.srt.disaggregation.base.conn import KVArgs
-
-    for name in ("engine_rank", "prefill_start_layer", "prefill_end_layer", "rust_http_port",
-                 "kv_head_num", "total_kv_head_num"):  # fmt: skip
-        assert name in KVArgs.__annotations__
 
 
 def test_upstream_builds_a_request_with_output_as_a_resumed_one() -> None:

@@ -19,9 +19,11 @@ from sglang.srt.sampling.sampling_params import (
     SamplingParams,
 )
 
+from sglang_ares.srt.predictor.state import prediction_fault
+
 if TYPE_CHECKING:
     from sglang_ares.srt.disaggregation.request_state import LogprobState, RequestSpec
-    from sglang_ares.srt.managers.io_struct import Accept, Commit, Offer, Peer, Resume
+    from sglang_ares.srt.managers.io_struct import Accept, Commit, Generate, Offer, Peer, Resume
 
 _SMALLEST_TEMPERATURE = 1e-6
 
@@ -34,12 +36,12 @@ class WorkerFacts:
     max_tokens: int
 
 
-def peers_fault(peers: list[Peer], worker_id: int, role: str) -> str | None:
+def peers_fault(peers: list[Peer], worker_id: int) -> str | None:
     """What is wrong with a list of the cluster's workers, from the view of one of them."""
     if len({p.worker_id for p in peers}) != len(peers):
         return "a worker is listed twice"
-    if not any(p.worker_id == worker_id and p.role == role for p in peers):
-        return "this worker is not listed with its role"
+    if not any(p.worker_id == worker_id for p in peers):
+        return "this worker is not listed"
     for peer in peers:
         if not peer.control_endpoint.startswith(("ipc://", "tcp://")):
             return f"the endpoint of worker {peer.worker_id} is neither ipc nor tcp"
@@ -82,8 +84,9 @@ def spec_fault(spec: RequestSpec, facts: WorkerFacts) -> str | None:
     return None
 
 
-def sampling_fault(params: SamplingParams, vocab_size: int) -> str | None:
-    """What is wrong with sampling parameters, which the source has normalised and verified."""
+def sampling_fault(params: SamplingParams, vocab_size: int, *, begun: bool = True) -> str | None:
+    """What is wrong with sampling parameters, which the front has normalised and verified.
+    ``begun``: of a request that a worker has taken in, which sets its length if nothing did."""
     if not params.is_normalized or params.stop is not None or params.stop_regex is not None:
         return "sampling_params are not normalised"
     try:
@@ -92,7 +95,7 @@ def sampling_fault(params: SamplingParams, vocab_size: int) -> str | None:
         return f"sampling_params: {error}"
     if params.temperature < _SMALLEST_TEMPERATURE:
         return f"sampling_params: temperature is {params.temperature}"
-    if params.max_new_tokens is None or (params.beam_width or 1) > 1:
+    if (begun and params.max_new_tokens is None) or (params.beam_width or 1) > 1:
         return "sampling_params: no max_new_tokens, or beam search"
     if params.stream_interval is not None and params.stream_interval < 1:
         return f"sampling_params: stream_interval is {params.stream_interval}"
@@ -122,6 +125,16 @@ def accept_fault(accept: Accept, tokens: int, page_size: int) -> str | None:
     if accept.prefix_tokens % page_size:
         return f"prefix_tokens is {accept.prefix_tokens}, no multiple of {page_size}"
     return None
+
+
+def generate_fault(generate: Generate, facts: WorkerFacts) -> str | None:
+    """What is wrong with a request from the controller of another host."""
+    spec = generate.spec
+    return (
+        ids_fault("input_ids", spec.input_ids, facts.vocab_size)
+        or spec_fault(spec, facts)
+        or sampling_fault(spec.sampling_params, facts.vocab_size, begun=False)
+    )
 
 
 def resume_fault(resume: Resume, facts: WorkerFacts) -> str | None:
@@ -165,7 +178,9 @@ def commit_fault(commit: Commit, offer: Offer, facts: WorkerFacts) -> str | None
     for name, value, most in bounds:
         if value is not None and most is not None and value > most:
             return f"{name} is {value}, at most {most} is possible"
-    return logprob_fault(state.logprobs, offer.spec, output, facts.vocab_size)
+    return prediction_fault(state.prediction, output) or logprob_fault(
+        state.logprobs, offer.spec, output, facts.vocab_size
+    )
 
 
 def logprob_fault(

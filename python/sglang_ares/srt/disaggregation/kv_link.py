@@ -1,12 +1,12 @@
 """The worker's two ends of KV transfer, on upstream's own KV managers.
 
-A decode worker already has a receiving manager (upstream's, towards the prefill workers). This
-adds a sending manager over the same registered pool, and the page arithmetic both ends share.
+A worker has the receiving manager of upstream's decode side and the sending manager of its prefill
+side (``roles.py``); migrations use both. Here is what opens transfers on them, and the page
+arithmetic that both ends share.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.utils import (
-    DisaggregationMode,
     KVClassType,
     get_kv_class,
     poll_and_all_reduce,
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
 class KvLink:
     """Opens senders and receivers, and polls them alike on all tensor-parallel ranks."""
 
-    def __init__(self, scheduler: Scheduler, bootstrap_host: str, bootstrap_port: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, send_manager: Any, bootstrap_host: str, bootstrap_port: int
+    ) -> None:
         queue = scheduler.disagg_decode_prealloc_queue
         self._scheduler = scheduler
         self._backend = scheduler.transfer_backend
@@ -43,17 +44,7 @@ class KvLink:
         self._group = queue.gloo_group
         pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
         self._buffers = kv_buffers(pool)
-        args = copy.copy(queue.kv_manager.kv_args)
-        args.engine_rank = queue.tp_rank
-        args.prefill_start_layer = pool.start_layer
-        args.prefill_end_layer = getattr(pool, "end_layer", None)
-        args.rust_http_port = None
-        if not queue.is_mla_backend:
-            args.kv_head_num = pool.head_num
-            args.total_kv_head_num = scheduler.model_config.get_total_num_kv_heads()
-        self._send_manager = get_kv_class(self._backend, KVClassType.MANAGER)(
-            args, DisaggregationMode.PREFILL, scheduler.server_args, queue.is_mla_backend
-        )
+        self._send_manager = send_manager
         self._chunks = ChunkCounter()
         if hasattr(self._send_manager, "_staging_outstanding"):
             self._send_manager._staging_outstanding = self._chunks
@@ -61,7 +52,7 @@ class KvLink:
         self._receiver_class = get_kv_class(self._backend, KVClassType.RECEIVER)
         self.page_size: int = scheduler.token_to_kv_pool_allocator.page_size
         # Bytes of one page over all layers, this rank's share.
-        self.page_bytes = int(sum(args.kv_item_lens))
+        self.page_bytes = int(sum(send_manager.kv_args.kv_item_lens))
 
     def connect(self, bootstrap_host: str, bootstrap_port: int) -> bool:
         """Learn a peer's layout now, so that the first migration need not."""
@@ -129,15 +120,15 @@ THROUGH = int(KVPoll.Success)
 
 class ChunkCounter(defaultdict[int, int]):
     """Upstream's count of chunks, by room, that its transfer threads have taken up and not
-    finished; here it also remembers how many were finished."""
+    finished; of the rooms in ``finished`` it also remembers how many were finished."""
 
     def __init__(self) -> None:
         super().__init__(int)
         self.finished: dict[int, int] = {}
 
     def __setitem__(self, room: int, count: int) -> None:
-        if count < self.get(room, 0):
-            self.finished[room] = self.finished.get(room, 0) + 1
+        if room in self.finished and count < self.get(room, 0):
+            self.finished[room] += 1
         super().__setitem__(room, count)
 
 
@@ -153,6 +144,8 @@ class CopyProgress:
         self._chunks = outstanding if isinstance(outstanding, ChunkCounter) else None
         self._room = room
         self._sent = 0
+        if self._chunks is not None:
+            self._chunks.finished[room] = 0
 
     def chunk_sent(self) -> None:
         """One more chunk was handed to the sender."""

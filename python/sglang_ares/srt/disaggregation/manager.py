@@ -33,7 +33,6 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     TransferFailed,
 )
-from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -255,8 +254,6 @@ class MigrationManager:
     ) -> str | None:
         if command.target not in self._peers:
             return "unknown target"
-        if self._peers[command.target].role != DECODE:
-            return "the target does not decode"
         if command.target == self._host.worker_id:
             return "already here"
         if found is None:
@@ -281,7 +278,7 @@ class MigrationManager:
 
     def _on_offer(self, offer: Offer, now: float) -> None:
         source = self._peers.get(offer.source)
-        if source is None or source.role != DECODE or offer.source == self._host.worker_id:
+        if source is None or offer.source == self._host.worker_id:
             self._host.dropped.count(f"Offer of worker {offer.source}, which cannot offer")
             return
         if (

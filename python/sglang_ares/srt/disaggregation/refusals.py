@@ -2,14 +2,17 @@
 
 ``CLUSTER`` is checked once, at start, on the resolved server arguments. ``REQUEST`` is checked
 before a request moves; a request that cannot move is served like any other and stays where
-placement put it. Both tables are printed into the documentation.
+placement put it. ``TRAVEL`` is checked before a request is given to a worker on another host,
+``ROLE_CHANGE`` before a worker changes its role. All tables are printed into the documentation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from sglang.srt.environ import envs
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ CLUSTER: tuple[Refusal, ...] = (
         lambda a: a.enable_hierarchical_cache or a.enable_hisparse or a.enable_lmcache,
     ),
     Refusal(
+        "role_switch",
+        "--enable-pd-role-switch",
+        "ARES empties a worker before it changes its role.",
+        "Drop it; POST /ares/role changes roles without it.",
+        lambda a: a.enable_pd_role_switch,
+    ),
+    Refusal(
         "embedding",
         "--is-embedding",
         "Embedding requests do not decode.",
@@ -93,6 +103,42 @@ CLUSTER: tuple[Refusal, ...] = (
         "These replace the front or the scheduler that ARES extends.",
         "Drop the flag.",
         lambda a: a.grpc_mode or a.smg_grpc_mode or a.use_ray or a.encoder_only or a.enable_pdmux,
+    ),
+)
+
+# Checked when a role is to change; the cluster serves all the same, with fixed roles.
+ROLE_CHANGE: tuple[Refusal, ...] = (
+    Refusal(
+        "expert_parallel",
+        "--ep-size > 1, --moe-a2a-backend",
+        "Prefill and decode use other all-to-all kernels, chosen at start.",
+        "Drop the flag.",
+        lambda a: a.ep_size > 1 or a.moe_a2a_backend != "none",
+    ),
+    Refusal(
+        "context_parallel",
+        "--dcp-size > 1, --attn-cp-size > 1",
+        "The layout of the KV cache depends on the role.",
+        "Drop the flag.",
+        lambda a: a.dcp_size > 1 or a.attn_cp_size > 1,
+    ),
+    Refusal(
+        "host_memory",
+        "--disaggregation-decode-host-receive-threshold, "
+        "--disaggregation-decode-enable-offload-kvcache",
+        "A worker that was started for prefill has no host pool to decode with.",
+        "Drop the flag.",
+        lambda a: (
+            a.disaggregation_decode_host_receive_threshold > 0
+            or a.disaggregation_decode_enable_offload_kvcache
+        ),
+    ),
+    Refusal(
+        "staging",
+        "SGLANG_DISAGG_STAGING_BUFFER",
+        "Its buffers are registered for one role.",
+        "Unset it.",
+        lambda a: bool(envs.SGLANG_DISAGG_STAGING_BUFFER.get()),
     ),
 )
 
@@ -160,6 +206,18 @@ REQUEST: tuple[Refusal, ...] = (
             or r.return_indexer_topk
             or r.return_sampling_mask
         ),
+    ),
+)
+
+_STAYS_HERE = "It is served by the workers of the front's host."
+TRAVEL: tuple[Refusal, ...] = (
+    *(replace(row, remedy=_STAYS_HERE) for row in REQUEST),
+    Refusal(
+        "flat_logprobs",
+        "return_flat_raw_top_logprobs",
+        "Arrays are not part of the message that carries outputs.",
+        _STAYS_HERE,
+        lambda r: r.return_flat_raw_top_logprobs,
     ),
 )
 

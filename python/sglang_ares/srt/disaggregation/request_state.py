@@ -2,8 +2,9 @@
 
 ``RequestSpec`` is the request as the front sent it (it never changes). ``RequestState`` is all
 that decides or accounts for the next token: output so far, the incremental detokenizer's
-position, log-probabilities, usage counters. What follows from these is rebuilt on the target:
-the grammar by replaying the output, the penalties from the output's token counts.
+position, log-probabilities, usage counters; and what is predicted of its length. What follows
+from these is rebuilt on the target: the grammar by replaying the output, the penalties from the
+output's token counts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ import msgspec
 import numpy as np
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.predictor.state import (
+    PredictionState,
+    capture_prediction,
+    restore_prediction,
+)
 from sglang_ares.srt.security.bounds import Address, Count, Label, Rid, TokenId
 
 if TYPE_CHECKING:
@@ -103,12 +109,14 @@ class LogprobState(msgspec.Struct, frozen=True, kw_only=True):
 
 class RequestState(msgspec.Struct, frozen=True, kw_only=True):
     """The request's state at hand-over. ``output_ids``: all output, little-endian int32;
-    ``detokenized``: output tokens the detokenizer has been given."""
+    ``detokenized``: output tokens the detokenizer has been given; ``prediction``: of its remaining
+    length, if there is one."""
 
     output_ids: bytes
     plain: PlainState
     detokenized: Count | None
     logprobs: LogprobState
+    prediction: PredictionState | None = None
 
 
 _PLAIN_ATTRIBUTES = PlainState.__struct_fields__
@@ -156,16 +164,18 @@ def recompute_input(
 ) -> TokenizedGenerateReqInput:
     """What the prefill worker of a request with output is sent: a prompt to compute the KV of.
     The token it samples is thrown away."""
+    one_token = SamplingParams(
+        max_new_tokens=1,
+        temperature=0.0,
+        ignore_eos=True,
+        sampling_seed=attempt.sampling_params.sampling_seed,
+    )
+    one_token.normalize(None)
     return msgspec.structs.replace(
         attempt,
         input_ids=array("q", attempt.input_ids) + emitted[:-1],
         input_text=None,
-        sampling_params=SamplingParams(
-            max_new_tokens=1,
-            temperature=0.0,
-            ignore_eos=True,
-            sampling_seed=attempt.sampling_params.sampling_seed,
-        ),
+        sampling_params=one_token,
         return_logprob=False,
         logprob_start_len=-1,
         top_logprobs_num=0,
@@ -183,6 +193,7 @@ def capture(req: Req) -> RequestState:
         logprobs=LogprobState(
             **{name: _plain_list(getattr(req.logprob, name)) for name in _LOGPROB_ATTRIBUTES}
         ),
+        prediction=capture_prediction(req),
     )
 
 
@@ -206,6 +217,7 @@ def restore(req: Req, state: RequestState, replayed: int = 0) -> None:
         )
     for name in _LOGPROB_ATTRIBUTES:
         setattr(req.logprob, name, getattr(state.logprobs, name))
+    restore_prediction(req, state.prediction)
     replay(req, req.output_ids[replayed:])
     # Upstream adds a cached prefix to `cached_tokens` unless it was counted already.
     req.already_computed = req.seqlen

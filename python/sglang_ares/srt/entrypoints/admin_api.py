@@ -1,4 +1,4 @@
-"""``/ares/…``: status, live requests and migrations, on upstream's HTTP server."""
+"""``/ares/…``: status, live requests, migrations and policies, on upstream's HTTP server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_ares.srt.disaggregation.faults import is_point
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
-from sglang_ares.srt.security.bounds import Rid, WorkerId
+from sglang_ares.srt.security.bounds import PolicyName, Rid, WorkerId
 
 
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -21,10 +21,24 @@ class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
     target: WorkerId
 
 
+class PolicyBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /ares/policy``; what is left out stays as it is."""
+
+    placement: PolicyName = ""
+    rescheduling: PolicyName = ""
+
+
 class DrainBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/drain`` and ``/ares/undrain``."""
 
     worker: WorkerId
+
+
+class RoleBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /ares/role``."""
+
+    worker: WorkerId
+    role: Literal["prefill", "decode"]
 
 
 class FaultBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,6 +79,18 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
             return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
         return await _answer(client.migrate(body.rid, body.target))
 
+    @app.post("/ares/policy")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def policy(request: Request) -> Response:
+        """Change the policies while the cluster serves; answers with those in use."""
+        try:
+            body = msgspec.json.decode(await request.body(), type=PolicyBody)
+        except msgspec.MsgspecError as error:
+            return _error(
+                400, f'the body must be {{"placement": name, "rescheduling": name}}: {error}'
+            )
+        return await _answer(client.use_policies(body.placement, body.rescheduling))
+
     @app.post("/ares/drain")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def drain(request: Request) -> Response:
@@ -83,6 +109,17 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
         except msgspec.MsgspecError as error:
             return _error(400, f'the body must be {{"worker": integer}}: {error}')
         return await _answer(client.drain(body.worker, drain))
+
+    @app.post("/ares/role")
+    @auth_level(AuthLevel.ADMIN_OPTIONAL)
+    async def role(request: Request) -> Response:
+        """Make a worker a prefill or a decode worker; answers once it is, or will not be."""
+        try:
+            body = msgspec.json.decode(await request.body(), type=RoleBody)
+        except msgspec.MsgspecError as error:
+            wanted = '{"worker": integer, "role": "prefill" or "decode"}'
+            return _error(400, f"the body must be {wanted}: {error}")
+        return await _answer(client.change_role(body.worker, body.role))
 
     @app.get("/ares/fault")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)

@@ -17,8 +17,10 @@ from sglang_ares.srt.managers.io_struct import (
     FaultQuery,
     Message,
     MigrateQuery,
+    PolicyQuery,
     QueryReply,
     RequestsQuery,
+    RoleQuery,
     StatusQuery,
     encode,
 )
@@ -39,8 +41,8 @@ class FrontClient:
         self, endpoint: str, timeout_s: float = 60.0, *, keys: CurveKeys | None = None
     ) -> None:
         self._endpoint = endpoint
-        self._keys = keys
         self._timeout_s = timeout_s
+        self._keys = keys
         self._decoder = Decoder(QueryReply)
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[QueryReply]] = {}
@@ -65,6 +67,17 @@ class FrontClient:
             DrainQuery(query_id=next(self._ids), worker_id=worker_id, drain=drain)
         )
 
+    async def use_policies(self, placement: str, rescheduling: str) -> tuple[int, Any]:
+        """Change policies; an empty name changes nothing."""
+        return await self._ask(
+            PolicyQuery(query_id=next(self._ids), placement=placement, rescheduling=rescheduling)
+        )
+
+    async def change_role(self, worker_id: int, role: str) -> tuple[int, Any]:
+        """Change a worker's role and wait until it serves in it, or will not."""
+        query = RoleQuery(query_id=next(self._ids), worker_id=worker_id, role=role)
+        return await self._ask(query, patient=True)
+
     async def inject_fault(
         self, worker_id: int | None, point: str = "", action: str = "", seconds: float = 0.0
     ) -> tuple[int, Any]:
@@ -79,7 +92,7 @@ class FrontClient:
             )
         )
 
-    async def _ask(self, query: Message) -> tuple[int, Any]:
+    async def _ask(self, query: Message, *, patient: bool = False) -> tuple[int, Any]:
         if self._socket is None:
             self._socket = connected_socket(
                 zmq.asyncio.Context.instance(), zmq.DEALER, self._endpoint, keys=self._keys
@@ -90,7 +103,7 @@ class FrontClient:
         self._pending[query_id] = future
         try:
             await self._socket.send(encode(query))
-            reply = await asyncio.wait_for(future, self._timeout_s)
+            reply = await asyncio.wait_for(future, None if patient else self._timeout_s)
         except TimeoutError:
             raise ControllerTimeoutError(
                 f"the controller did not answer within {self._timeout_s:.0f} s"

@@ -13,20 +13,27 @@ from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUS
 from sglang_ares.srt.managers.attempts import internal_rid, split_rid
 from sglang_ares.srt.managers.io_struct import (
     Adopted,
+    FirstEstimates,
     Landed,
     Message,
     MigrationResult,
     WorkerReport,
 )
-from sglang_ares.srt.policy.types import DECODE, WorkerLoad
+from sglang_ares.srt.policy.types import DECODE, Remaining, RequestLoad, WorkerLoad
 
 # What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
-# starting again; given up.
+# starting again; given up; gone with its host, which had asked.
 READY = "ready"
 DYING = "dying"
 RESTARTING = "restarting"
 FAILED_FOR_GOOD = "failed"
+LEFT = "left"
+# Shown to operators of a worker that serves until it changes its role.
+CHANGING = "changing"
 
+# Tokens of another host may still be on their way when its worker says that the request has ended.
+# If the worker is lost within this time (s), the token ledger is asked.
+_TOKENS_ON_THEIR_WAY_S = 60.0
 # Requests remembered after their end.
 _REMEMBERED = 1 << 16
 
@@ -45,6 +52,10 @@ class WorkerView:
     reason: str = ""
     # The operator wants it empty: it takes no requests, and those it has are moved away.
     draining: bool = False
+    # Another host than the controller's, if it runs on one.
+    host: str = ""
+    # The role it is to have; it takes no requests until then.
+    changing_to: str | None = None
     report: WorkerReport | None = None
     reported_at: float = 0.0
     # Prompt tokens of requests dispatched here that no report has shown yet.
@@ -90,7 +101,11 @@ class Ownership:
     attempt: int = 0
     first_attempt: int = 0
     recovering: bool = False
+    # Attempts that ended because their worker changed its role: no failures.
+    handed_back: int = 0
     aborted: bool = False
+    # What prefill predicted, until its decode worker does.
+    first_estimate: Remaining | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +118,8 @@ MANUAL = "manual"
 POLICY = "policy"
 MEMORY = "memory"
 DRAIN = "drain"
-CAUSES = (MANUAL, POLICY, MEMORY, DRAIN)
+ROLE = "role"
+CAUSES = (MANUAL, POLICY, MEMORY, DRAIN, ROLE)
 
 
 @dataclass
@@ -126,6 +142,8 @@ class ClusterState:
         self.moving: dict[int, MovingRequest] = {}
         # Rids that ended: their last attempt, should the rid be used again.
         self._last_attempts: OrderedDict[str, int] = OrderedDict()
+        # Requests that ended on another host: when.
+        self._ended_elsewhere: OrderedDict[str, tuple[float, Ownership]] = OrderedDict()
         # Moving requests that left their target: ended there, if they had landed at all.
         self._left_target: set[str] = set()
         self.migrations_attempted = 0
@@ -142,12 +160,44 @@ class ClusterState:
         """The serving workers of a role, draining ones too."""
         return [w for w in self.workers.values() if w.role == role and w.state == READY]
 
+    def serving(self) -> list[WorkerView]:
+        """The ready workers of either role."""
+        return [w for w in self.workers.values() if w.state == READY]
+
     def with_role(self, role: str) -> list[WorkerView]:
         """The workers of a role that may be given requests."""
-        return [w for w in self.ready(role) if not w.draining]
+        return [w for w in self.ready(role) if not w.draining and w.changing_to is None]
+
+    def outstanding(self, view: WorkerView) -> int:
+        """Requests that a worker has still to do in its role, as far as can be known here: none
+        is on its way there, waits, runs or is being moved when this is 0."""
+        worker_id = view.worker_id
+        if view.role == DECODE:
+            owned = sum(o.decode == worker_id and not o.recovering for o in self.owners.values())
+            return owned + sum(worker_id in (m.source, m.target) for m in self.moving.values())
+        load = view.load()
+        return load.running + load.queued
+
+    def without_output(self, worker_id: int) -> list[Ownership]:
+        """Requests that were sent to a worker, for either phase, and have no output yet, as far as
+        can be known here."""
+        begun = {
+            r.rid for view in self.ready(DECODE) for r in view.load().requests if r.output_tokens
+        }
+        moving = {m.rid for m in self.moving.values()}
+        return [
+            o
+            for o in self.owners.values()
+            if worker_id in (o.prefill, o.decode)
+            and not (o.recovering or o.aborted)
+            and o.name not in begun
+            and o.name not in moving
+        ]
 
     def operating_state(self, view: WorkerView) -> str:
         """The state an operator sees."""
+        if view.state == READY and view.changing_to is not None:
+            return CHANGING
         if view.state != READY or not view.draining:
             return view.state
         decode = view.role == DECODE
@@ -162,7 +212,9 @@ class ClusterState:
         """The loads of a role's workers, for a policy. What is on the move counts where it goes,
         or the same gap would be closed twice."""
         moving = frozenset(m.rid for m in self.moving.values())
-        loads = {w.worker_id: w.load(moving) for w in self.with_role(role)}
+        loads = {
+            w.worker_id: self._with_first_estimates(w.load(moving)) for w in self.with_role(role)
+        }
         for move in self.moving.values():
             source, target = loads.get(move.source), loads.get(move.target)
             tokens = next(
@@ -174,6 +226,16 @@ class ClusterState:
                 coming = target.queued_tokens + tokens
                 loads[move.target] = msgspec.structs.replace(target, queued_tokens=coming)
         return list(loads.values())
+
+    def _with_first_estimates(self, load: WorkerLoad) -> WorkerLoad:
+        """What prefill predicted stands in until the decode worker reports a prediction."""
+        requests = []
+        for request in load.requests:
+            owner = self.owner_of(request.rid) if request.remaining is None else None
+            if owner is not None and owner.first_estimate is not None:
+                request = msgspec.structs.replace(request, remaining=owner.first_estimate)
+            requests.append(request)
+        return msgspec.structs.replace(load, requests=tuple(requests))
 
     def new_owner(self, rid: str, request: Any) -> Ownership:
         """A request that is to be dispatched. Under a rid that was used before, attempts go on
@@ -208,6 +270,7 @@ class ClusterState:
         reported back by their sources."""
         view = self.workers[worker_id]
         view.report = None
+        view.changing_to = None
         view.dispatched.clear()
         for migration_id, move in list(self.moving.items()):
             if move.source == worker_id:
@@ -231,6 +294,9 @@ class ClusterState:
                 return f"there is no worker {message.worker_id}"
             if (message.load.worker_id, message.load.role) != (view.worker_id, view.role):
                 return f"the load is not one of {view.role} worker {view.worker_id}"
+        elif isinstance(message, FirstEstimates):
+            if message.worker_id not in self.workers:
+                return f"there is no worker {message.worker_id}"
         elif isinstance(message, MigrationResult):
             known = self.moving.get(message.migration_id)
             told = (message.rid, message.source, message.target)
@@ -246,7 +312,7 @@ class ClusterState:
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""
         view = self.workers.get(report.worker_id)
-        if view is None or view.state in (DYING, RESTARTING, FAILED_FOR_GOOD):
+        if view is None or view.state != READY:
             return
         if report.incarnation != view.incarnation:
             return
@@ -261,8 +327,36 @@ class ClusterState:
                 continue
             if owner.decode == view.worker_id:
                 self.forget(owner.rid)
+                if view.host:
+                    self._remember_ended(owner)
             elif any(m.rid == name and m.target == view.worker_id for m in self.moving.values()):
                 self._left_target.add(name)
+
+    def note_first_estimates(self, message: FirstEstimates) -> None:
+        """What prefill predicts for requests whose decode worker has not begun."""
+        for name, remaining in message.remaining.items():
+            owner = self.owner_of(name)
+            if owner is not None:
+                owner.first_estimate = remaining
+
+    def _remember_ended(self, owner: Ownership) -> None:
+        now = time.monotonic()
+        self._ended_elsewhere[owner.rid] = (now, owner)
+        self._ended_elsewhere.move_to_end(owner.rid)
+        while next(iter(self._ended_elsewhere.values()))[0] < now - _TOKENS_ON_THEIR_WAY_S:
+            self._ended_elsewhere.popitem(last=False)
+
+    def take_back_ended(self, worker_id: int) -> None:
+        """A worker of another host was lost: requests that it said it had ended lately may not
+        have come to their end for the client. They are live again until the ledger has spoken."""
+        since = time.monotonic() - _TOKENS_ON_THEIR_WAY_S
+        for rid, (ended_at, owner) in list(self._ended_elsewhere.items()):
+            if owner.decode != worker_id:
+                continue
+            del self._ended_elsewhere[rid]
+            if ended_at > since and rid not in self.owners and not owner.aborted:
+                self._last_attempts.pop(rid, None)
+                self.owners[rid] = owner
 
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
@@ -294,6 +388,10 @@ class ClusterState:
         else:
             self.migrations_failed[_key(result.reason)] += 1
         return move
+
+    def _remaining(self, owner: Ownership, load: RequestLoad | None) -> Remaining | None:
+        reported = load.remaining if load is not None else None
+        return reported if reported is not None else owner.first_estimate
 
     # --- documents --------------------------------------------------------------------------
 
@@ -332,8 +430,12 @@ class ClusterState:
             "kv_tokens": load.kv_tokens,
             "kv_capacity": load.kv_capacity,
         }
+        if view.host:
+            status["host"] = view.host
         if view.reason:
             status["reason"] = view.reason
+        if view.changing_to is not None:
+            status["changing_to"] = view.changing_to
         if report is not None:
             status.update(
                 report_age_s=time.monotonic() - view.reported_at,
@@ -342,6 +444,8 @@ class ClusterState:
                 retracted=report.retracted,
                 dropped_frames=report.dropped_frames,
                 decode_step_ms=report.decode_step_ms,
+                late_steps=report.late_steps,
+                step=msgspec.to_builtins(report.load.step),
                 pools=msgspec.to_builtins(report.pools),
             )
         return status
@@ -349,12 +453,14 @@ class ClusterState:
     def requests(self) -> list[dict[str, Any]]:
         """The body of ``GET /ares/requests``: live requests, where and how large they are."""
         now = time.monotonic()
-        tokens = {r.rid: r.tokens for w in self.ready(DECODE) for r in w.load().requests}
+        loads = {r.rid: r for w in self.ready(DECODE) for r in w.load().requests}
         return [
             {
                 "rid": owner.rid,
                 "worker": owner.decode,
-                "tokens": tokens.get(owner.name, 0),
+                "tokens": loads[owner.name].tokens if owner.name in loads else 0,
+                "output_tokens": loads[owner.name].output_tokens if owner.name in loads else 0,
+                "predicted_remaining": self._remaining(owner, loads.get(owner.name)),
                 "age_s": now - owner.dispatched_at,
                 "attempt": owner.attempt,
             }

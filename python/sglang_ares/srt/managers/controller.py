@@ -27,9 +27,16 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_ares.srt.managers.cluster import WorkerCluster, WorkerProcess
+from sglang_ares.srt.emulation.settings import not_emulated
+from sglang_ares.srt.managers.cluster import (
+    WorkerCluster,
+    WorkerProcess,
+    admission_of,
+)
+from sglang_ares.srt.managers.cluster_settings import settings_of
 from sglang_ares.srt.managers.cluster_state import (
     FAILED_FOR_GOOD,
+    LEFT,
     READY,
     ClusterState,
     Ownership,
@@ -41,28 +48,42 @@ from sglang_ares.srt.managers.io_struct import (
     Adopted,
     ConnectPeers,
     ControllerInbound,
+    ControlReply,
     Decoder,
     EmittedTokens,
     FaultReached,
     Fenced,
     FenceRequests,
+    FirstEstimates,
     FrontInbound,
     Heartbeat,
+    HostBeat,
+    HostLeaving,
+    JoinQuery,
     Landed,
     Message,
     MigrationResult,
     PeerDiedAck,
     RequestFailed,
+    RoleChanged,
+    WorkerEnded,
     WorkerReport,
+    WorkerStarted,
     encode,
 )
+from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.managers.mover import Mover
 from sglang_ares.srt.managers.recovery import Recovery
+from sglang_ares.srt.managers.remote_io import RemoteInput, decode_reply
+from sglang_ares.srt.managers.remote_workers import RemoteWorker, RemoteWorkers, view_of
+from sglang_ares.srt.managers.role_changes import RoleChanges
+from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_input import WorkerInput
 from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
+from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
 from sglang_ares.srt.security.bounds import MAX_RID_CHARS
@@ -74,6 +95,7 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.managers.role_changes import EndedChange
     from sglang_ares.srt.security.control_plane import ControlPlane
 
 logger = logging.getLogger(__name__)
@@ -119,13 +141,15 @@ class AresController(DataParallelController):
             self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False
         )
         self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.control)
-        self.workers = [self._input_of(w) for w in self.cluster.workers]
+        self.workers: list[WorkerInput | RemoteInput] = [
+            self._input_of(w) for w in self.cluster.workers
+        ]
         count = len(self.workers)
         self.status = [True] * count
         self.dp_active = [True] * count
         self._active_workers = list(range(count))
         self.cluster.start()
-        self.scheduler_procs = [p for w in self.cluster.workers for p in w.processes]
+        self.scheduler_procs = [p for w in self.cluster.local for p in w.processes]
         self.max_total_num_tokens = min(
             w.info["max_total_num_tokens"] for w in self.cluster.workers
         )
@@ -134,7 +158,10 @@ class AresController(DataParallelController):
         self._init_state()
         self._introduce_workers()
 
-    def _input_of(self, worker: WorkerProcess) -> WorkerInput:
+    def _input_of(self, worker: WorkerProcess | RemoteWorker) -> WorkerInput | RemoteInput:
+        if isinstance(worker, RemoteWorker):
+            worker_id = worker.spec.worker_id
+            return RemoteInput(lambda message: self.tell(worker_id, message))
         return WorkerInput(self.context, worker.port_args.scheduler_input_ipc_name)
 
     def _introduce_workers(self) -> None:
@@ -144,7 +171,11 @@ class AresController(DataParallelController):
         ]
         peers = [w.peer for w in ready]
         for worker in ready:
-            self._mailbox.connect(str(worker.spec.worker_id), worker.spec.control_endpoint)
+            self._mailbox.connect(
+                str(worker.spec.worker_id),
+                worker.spec.control_endpoint,
+                watch=isinstance(worker, RemoteWorker),
+            )
             self.tell(worker.spec.worker_id, ConnectPeers(peers=peers))
 
     def _init_state(self) -> None:
@@ -171,24 +202,30 @@ class AresController(DataParallelController):
             self.ares_args.max_restarts,
             now,
         )
+        self.predictions = LengthPredictions(use_prior=self.ares_args.length_prior)
         self.mover = Mover(
             self.state,
             self.ares_args,
             self.server_args.num_reserved_decode_tokens,
             self.tell,
+            self.predictions,
             now,
         )
-        self.desk = FrontDesk(
-            self._front,
+        self.roles = RoleChanges(
+            self,
             self.state,
-            self.mover,
-            self.ares_args,
-            self.control.runtime_dir,
-            [self.dropped, self.dropped_front],
-            self.tell,
+            self.cluster.why_roles_are_fixed,
+            self.ares_args.role_change_timeout,
         )
-        self._seeds = SampleSeeds()
-        self._leaving = False
+        self.planner = RolePlanner(
+            self.state,
+            self.roles,
+            self.ares_args.roles,
+            Slo(ttft_ms=self.ares_args.ttft_slo_ms, tpot_ms=self.ares_args.tpot_slo_ms),
+            lambda: self.mover.cost,
+            now,
+            self.ares_args.time_dilation,
+        )
         self.metrics = ControllerMetrics.create(self.server_args)
         self.dispatcher = Dispatcher(
             self.state,
@@ -197,7 +234,33 @@ class AresController(DataParallelController):
             self.ares_args.placement,
             self.metrics,
             self.tell,
+            self.predictions,
         )
+        self.desk = FrontDesk(
+            self._front,
+            self.state,
+            self.mover,
+            self.dispatcher,
+            self.predictions,
+            self.roles,
+            self.planner,
+            self.ares_args,
+            self.control.runtime_dir,
+            [self.dropped, self.dropped_front],
+            self.tell,
+        )
+        self.remote = RemoteWorkers(
+            self._mailbox,
+            self.supervisor,
+            self.state,
+            self.cluster.workers,
+            settings_of(self.server_args),
+            admission_of(self.ares_args, self.control),
+            self.max_req_input_len,
+            self._enlist,
+        )
+        self._seeds = SampleSeeds()
+        self._leaving = False
 
     def init_dispatcher(self) -> None:
         """Requests go to two workers, aborts to whoever may hold the request."""
@@ -216,8 +279,12 @@ class AresController(DataParallelController):
         owner = self.state.new_owner(req.rid, req)
         if len(owner.name) > MAX_RID_CHARS:
             self.end(owner, 400, f"the rid is longer than {MAX_RID_CHARS - 3} characters")
+        elif self.ares_args.emulate and (what := not_emulated(req)):
+            self.end(owner, 400, f"no model runs here (--ares-emulate), so there are no {what}")
         elif not self.dispatcher.send_attempt(owner, None):
             self.end(owner, 503, self.missing_role() or "all workers of a role are starting anew")
+        else:
+            self.planner.on_arrival(len(req.input_ids or ()))
 
     def route_abort(self, abort: AbortReq) -> None:
         """To the workers that may hold the request; upstream's aborts match by prefix."""
@@ -243,9 +310,26 @@ class AresController(DataParallelController):
             return
         for worker_id in {owner.prefill, owner.decode}:
             if self.state.workers[worker_id].state == READY:
-                sock_send(self.workers[worker_id], named)
+                self.workers[worker_id].put(named)
+
+    def send_control_message(self, obj: Any) -> None:
+        """To all workers that serve."""
+        for worker_id in self._active_workers:
+            self.workers[worker_id].put(obj)
+
+    def send_to_all_workers(self, obj: Any) -> None:
+        """Upstream's other name for it: no worker here has an inactive rank."""
+        self.send_control_message(obj)
 
     # --- workers that come and go -----------------------------------------------------------
+
+    def _enlist(self, worker: RemoteWorker) -> None:
+        """A worker of another host is going to start."""
+        self.cluster.workers.append(worker)
+        self.workers.append(self._input_of(worker))
+        self.status.append(False)
+        self.dp_active.append(True)
+        self.state.workers[worker.spec.worker_id] = view_of(worker)
 
     def tell(self, worker_id: int, message: Message) -> None:
         """Send to a worker; one that was lost is not there to be told."""
@@ -259,7 +343,10 @@ class AresController(DataParallelController):
         self._mailbox.disconnect(str(worker_id))
         self.workers[worker_id].close()
         self._tell_front_who_serves()
-        self.metrics.worker_lost(worker_id, self.state.workers[worker_id].role)
+        view = self.state.workers[worker_id]
+        self.roles.on_worker_lost(worker_id, view.reason, time.monotonic())
+        if not self.cluster.workers[worker_id].left:
+            self.metrics.worker_lost(worker_id, view.role)
 
     def _tell_front_who_serves(self) -> None:
         sock_send(self._to_tokenizer, ActiveRanksOutput(status=list(self.status)))
@@ -279,16 +366,40 @@ class AresController(DataParallelController):
     def restart(self, worker_id: int) -> None:
         """Start a lost worker anew; it finds its input socket bound."""
         worker = self.cluster.restart(worker_id)
+        self.state.workers[worker_id].role = worker.spec.role
         self.workers[worker_id] = self._input_of(worker)
 
-    def take_in(self, worker: WorkerProcess) -> None:
-        """A worker that was restarted is ready."""
+    def take_in(self, worker: WorkerProcess | RemoteWorker) -> None:
+        """A worker that was restarted, or has joined, is ready."""
         worker_id = worker.spec.worker_id
         self.status[worker_id] = True
         self._active_workers = sorted({*self._active_workers, worker_id})
         self._introduce_workers()
         self._tell_front_who_serves()
         self.recovery.dispatch_parked()
+
+    def empty_workers(self) -> None:
+        """Move requests away from the workers that are to be emptied."""
+        self.mover.empty_draining_workers()
+
+    def hand_back(self, worker_id: int) -> None:
+        """Dispatch anew the requests of a worker that have no output yet."""
+        if self.ares_args.role_emptying == "migrate":
+            waiting = self.state.without_output(worker_id)
+            for owner in waiting:
+                owner.handed_back += 1
+            self.recovery.recover(waiting, f"worker {worker_id} changes its role")
+
+    def role_changed(self, worker_id: int, role: str) -> None:
+        """A worker serves in another role: everybody is told, and it may have requests."""
+        self.state.workers[worker_id].role = role
+        self.cluster.set_role(worker_id, role)
+        self._introduce_workers()
+        self.recovery.dispatch_parked()
+
+    def role_change_ended(self, ended: EndedChange) -> None:
+        """A change of role has come to its end, either way."""
+        self.metrics.role_change_ended(ended)
 
     def fence(self, request: FenceRequests) -> None:
         """Ask the token ledger."""
@@ -305,7 +416,7 @@ class AresController(DataParallelController):
         """Why no request can be served, not even once restarts are done."""
         for role in (PREFILL, DECODE):
             workers = [w for w in self.state.workers.values() if w.role == role]
-            if all(w.state == FAILED_FOR_GOOD for w in workers):
+            if all(w.state in (FAILED_FOR_GOOD, LEFT) for w in workers):
                 return f"no {role} worker is left: " + "; ".join(
                     f"worker {w.worker_id} {w.reason}" for w in workers
                 )
@@ -335,6 +446,8 @@ class AresController(DataParallelController):
             self.recovery.on_request_failed(message.rid, message.reason)
         elif isinstance(message, PeerDiedAck):
             self.recovery.on_acknowledged(message.event_id, message.worker_id)
+        elif isinstance(message, RoleChanged):
+            self.roles.on_changed(message, time.monotonic())
         elif isinstance(message, Fenced):
             self.recovery.on_fenced(message)
         elif isinstance(message, FaultReached):
@@ -343,8 +456,11 @@ class AresController(DataParallelController):
             self.state.note_adopted(message)
         elif isinstance(message, WorkerReport):
             self.state.note_report(message)
+            self.predictions.on_report(message)
             self.metrics.reported(message)
+            self.metrics.predicted(self.predictions.of_new())
             self.mover.on_report(message)
+            self.planner.on_report(message, time.monotonic())
             for own in (self.dropped, self.dropped_front):
                 self.metrics.dropped(own.where, own.total)
         elif isinstance(message, MigrationResult):
@@ -353,12 +469,21 @@ class AresController(DataParallelController):
                 self.metrics.migrated(message, move.cause)
                 self.mover.on_result(message)
                 self.desk.on_result(message)
+        elif isinstance(message, FirstEstimates):
+            self.state.note_first_estimates(message)
         elif isinstance(message, Landed):
             self.metrics.landed(message)
+            self.mover.on_landed(message)
+        elif isinstance(message, (HostBeat, WorkerStarted, WorkerEnded, HostLeaving)):
+            self.remote.on_message(message)
+        elif isinstance(message, ControlReply):
+            sock_send(self._to_tokenizer, decode_reply(message.body))
 
     def _on_front_message(self, identity: bytes, frame: bytes) -> None:
         query = self._decode(self._from_front, frame, self.dropped_front)
-        if query is not None:
+        if isinstance(query, JoinQuery):
+            self.desk.reply(identity, query.query_id, *self.remote.answer(query))
+        elif query is not None:
             self.desk.answer(identity, query)
 
     def _decode(self, decoder: Decoder, frame: bytes, dropped: DroppedFrames) -> Any:
@@ -386,7 +511,10 @@ class AresController(DataParallelController):
             self._serve_front()
             if not self._leaving:
                 self.supervisor.tick(time.monotonic())
+                self.remote.tick()
             self.mover.run_round_when_due(time.monotonic())
+            self.roles.tick(time.monotonic())
+            self.planner.run_pass_when_due(time.monotonic())
 
     def _poller(self, sentinels: set[int]) -> zmq.Poller:
         poller = zmq.Poller()
@@ -409,6 +537,7 @@ class AresController(DataParallelController):
                 self._aborts(received)
             elif isinstance(received, ShutdownReq):
                 self._leaving = True  # workers that end now are not to be started anew
+                self.remote.server_ends()
                 self.send_control_message(received)
             else:
                 self._request_dispatcher(received)

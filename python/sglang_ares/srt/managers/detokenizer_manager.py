@@ -23,13 +23,17 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_ares.srt.managers.batch_items import first_token, select
-from sglang_ares.srt.managers.io_struct import Decoder, LedgerInbound, encode
+from sglang_ares.srt.managers.io_struct import Decoder, LedgerInbound, OutputsInbound, encode
 from sglang_ares.srt.managers.mailbox import Mailbox
+from sglang_ares.srt.managers.remote_outputs import batch_fault, unpack_batch
 from sglang_ares.srt.managers.token_ledger import TokenLedger
 from sglang_ares.srt.security.control_plane import ControlPlane
 from sglang_ares.srt.security.dropped import DroppedFrames
+from sglang_ares.srt.security.sockets import BoundSocket
 
 CONTROLLER = "controller"
+# Messages of other hosts handled before this host's workers are listened to again.
+_OUTPUTS_AT_ONCE = 256
 
 
 class InOrder:
@@ -114,22 +118,55 @@ class AresDetokenizerManager(DetokenizerManager):
         self._dropped = DroppedFrames("ledger")
         self._mailbox = Mailbox(context, self.control.ledger.bind, keys=keys, dropped=self._dropped)
         self._mailbox.connect(CONTROLLER, self.control.controller.connect)
+        self._from_elsewhere = Decoder(OutputsInbound)
+        outputs = self.control.outputs
+        self._outputs = (
+            BoundSocket(context, zmq.PULL, outputs.bind, keys=keys, dropped=self._dropped)
+            if outputs is not None
+            else None
+        )
 
     def event_loop(self) -> None:
-        """Upstream's loop, interrupted for the controller's fences."""
+        """Upstream's loop, interrupted for the controller's fences and for what workers on other
+        hosts say."""
         poller = zmq.Poller()
         poller.register(self.recv_from_scheduler, zmq.POLLIN)
         poller.register(self._mailbox.socket, zmq.POLLIN)
+        if self._outputs is not None:
+            poller.register(self._outputs.socket, zmq.POLLIN)
         while True:
             with self.soft_watchdog.disable():
                 ready = dict(poller.poll())
             if self._mailbox.socket in ready:
                 self._answer_controller()
             if self.recv_from_scheduler in ready:
-                output = self._request_dispatcher(sock_recv(self.recv_from_scheduler))
-                if output is not None:
-                    sock_send(self.send_to_tokenizer, output)
+                self._pass_on(sock_recv(self.recv_from_scheduler))
+            if self._outputs is not None and self._outputs.socket in ready:
+                for (frame,) in self._outputs.receive(parts=1, limit=_OUTPUTS_AT_ONCE):
+                    self._admit_from_elsewhere(frame)
             self.soft_watchdog.feed()
+
+    def _pass_on(self, received: Any) -> None:
+        output = self._request_dispatcher(received)
+        if output is not None:
+            sock_send(self.send_to_tokenizer, output)
+
+    def _admit_from_elsewhere(self, frame: bytes) -> None:
+        """Tokens of a worker on another host; from here on they are like any others."""
+        try:
+            message = self._from_elsewhere.decode(frame)
+        except msgspec.MsgspecError as error:
+            self._dropped.count(str(error))
+            return
+        fault = batch_fault(message.batch)
+        if fault is not None:
+            self._dropped.count(f"Outputs of worker {message.worker_id}: {fault}")
+            return
+        try:
+            self._pass_on(unpack_batch(message.batch))
+        except Exception as error:
+            what = f"Outputs of worker {message.worker_id} could not be handled"
+            self._dropped.count(what, error=error)
 
     def _answer_controller(self) -> None:
         for frame in self._mailbox.drain():

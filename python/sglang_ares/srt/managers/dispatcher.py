@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
-from sglang.srt.managers.io_struct import sock_send
 
+from sglang_ares.srt.disaggregation.refusals import TRAVEL, first_refusal
 from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_of, unpack_ids
 from sglang_ares.srt.managers.io_struct import Resume
 from sglang_ares.srt.policy.registry import PLACEMENT
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster import WorkerCluster
     from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
     from sglang_ares.srt.managers.io_struct import EmittedTokens, Message
+    from sglang_ares.srt.managers.length_predictions import LengthPredictions
+    from sglang_ares.srt.managers.remote_io import RemoteInput
     from sglang_ares.srt.managers.worker_input import WorkerInput
     from sglang_ares.srt.observability.metrics import ControllerMetrics
+    from sglang_ares.srt.policy.types import WorkerLoad
 
 
 class Dispatcher:
@@ -32,27 +35,51 @@ class Dispatcher:
         self,
         state: ClusterState,
         cluster: WorkerCluster,
-        inputs: list[WorkerInput],
+        inputs: list[WorkerInput | RemoteInput],
         placement: str,
         metrics: ControllerMetrics,
         tell: Callable[[int, Message], None],
+        predictions: LengthPredictions,
     ) -> None:
         self._state = state
         self._cluster = cluster
         self._inputs = inputs
-        self._policy = PLACEMENT.get(placement)
+        self.use(placement)
         self._metrics = metrics
         self._tell = tell
+        self._predictions = predictions
         self._sequence = 0
 
-    def choose(self, prompt_tokens: int) -> tuple[int, int] | None:
-        """A prefill and a decode worker for a request, if there are such workers."""
+    def use(self, placement: str) -> None:
+        """Place with this policy from now on; :class:`KeyError` if there is none of the name."""
+        self._policy = PLACEMENT.get(placement)
+        self.placement = placement
+
+    def choose(
+        self, prompt_tokens: int, req: TokenizedGenerateReqInput | None = None
+    ) -> tuple[int, int] | None:
+        """A prefill and a decode worker for a request, if there are such workers: of this host
+        if ``req`` cannot travel to another."""
         prefill, decode = self._state.loads(PREFILL), self._state.loads(DECODE)
+        if req is not None and first_refusal(TRAVEL, req) is not None:
+            prefill, decode = self._here(prefill), self._here(decode)
         if not prefill or not decode:
             return None
-        new = NewRequest(prompt_tokens=prompt_tokens, sequence=self._sequence)
+        new = NewRequest(
+            prompt_tokens=prompt_tokens,
+            sequence=self._sequence,
+            remaining=self._predictions.of_new(),
+        )
         self._sequence += 1
-        return self._policy(new, prefill), self._policy(new, decode)
+        return self._place(new, prefill), self._place(new, decode)
+
+    def _here(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
+        """Those of workers on this host."""
+        return [load for load in loads if not self._state.workers[load.worker_id].host]
+
+    def _place(self, new: NewRequest, loads: list[WorkerLoad]) -> int:
+        """The id of the worker that the policy chooses among ``loads``."""
+        return loads[self._policy(new, self._predictions.table(loads))].worker_id
 
     def send_attempt(self, owner: Ownership, emitted: EmittedTokens | None) -> bool:
         """Send the current attempt at a request to two workers; false if there are none.
@@ -63,7 +90,7 @@ class Dispatcher:
         req = owner.request
         output = unpack_ids(emitted.output_ids if emitted is not None else b"")
         prompt_tokens = len(req.input_ids or ()) + len(output)
-        chosen = self.choose(prompt_tokens)
+        chosen = self.choose(prompt_tokens, req)
         if chosen is None:
             return False
         owner.prefill, owner.decode = chosen
@@ -76,11 +103,11 @@ class Dispatcher:
             bootstrap_room=random.SystemRandom().getrandbits(62),
         )
         if emitted is not None and output:
-            sock_send(self._inputs[owner.prefill], recompute_input(attempt, output))
+            self._inputs[owner.prefill].put(recompute_input(attempt, output))
             self._tell(owner.decode, resume_message(attempt, emitted))
         else:
-            sock_send(self._inputs[owner.prefill], attempt)
-            sock_send(self._inputs[owner.decode], attempt)
+            self._inputs[owner.prefill].put(attempt)
+            self._inputs[owner.decode].put(attempt)
         self._state.note_dispatch(owner, prompt_tokens)
         self._metrics.dispatched(owner.prefill, PREFILL)
         self._metrics.dispatched(owner.decode, DECODE)
@@ -95,8 +122,8 @@ class Dispatcher:
         prefill, decode = chosen
         req.bootstrap_host = FAKE_BOOTSTRAP_HOST
         req.bootstrap_room = 0
-        sock_send(self._inputs[prefill], req)
-        sock_send(self._inputs[decode], req)
+        self._inputs[prefill].put(req)
+        self._inputs[decode].put(req)
 
 
 def resume_message(attempt: TokenizedGenerateReqInput, emitted: EmittedTokens) -> Resume:

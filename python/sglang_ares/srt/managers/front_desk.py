@@ -1,7 +1,10 @@
-"""Answers the front's queries: status, live requests, migrations, draining, injected faults."""
+"""Answers the front's queries: status, live requests, migrations, policies, roles, draining,
+injected faults."""
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,11 +18,15 @@ from sglang_ares.srt.managers.io_struct import (
     InjectFault,
     MigrateQuery,
     MigrationResult,
+    PolicyQuery,
     QueryReply,
     RequestsQuery,
+    RoleQuery,
     StatusQuery,
     encode,
 )
+from sglang_ares.srt.managers.role_changes import OPERATOR
+from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
@@ -27,10 +34,16 @@ if TYPE_CHECKING:
 
     from sglang_ares.ares_args import AresArgs
     from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.dispatcher import Dispatcher
     from sglang_ares.srt.managers.io_struct import Message
+    from sglang_ares.srt.managers.length_predictions import LengthPredictions
     from sglang_ares.srt.managers.mover import Mover
+    from sglang_ares.srt.managers.role_changes import RoleChanges
+    from sglang_ares.srt.managers.role_planner import RolePlanner
     from sglang_ares.srt.security.dropped import DroppedFrames
     from sglang_ares.srt.security.sockets import BoundSocket
+
+logger = logging.getLogger(__name__)
 
 
 class FrontDesk:
@@ -41,6 +54,10 @@ class FrontDesk:
         socket: BoundSocket,
         state: ClusterState,
         mover: Mover,
+        dispatcher: Dispatcher,
+        predictions: LengthPredictions,
+        roles: RoleChanges,
+        planner: RolePlanner,
         ares_args: AresArgs,
         runtime_dir: str,
         dropped: list[DroppedFrames],
@@ -49,6 +66,10 @@ class FrontDesk:
         self._socket = socket
         self._state = state
         self._mover = mover
+        self._dispatcher = dispatcher
+        self._predictions = predictions
+        self._roles = roles
+        self._planner = planner
         self._args = ares_args
         self._runtime_dir = runtime_dir
         self._dropped = dropped
@@ -61,27 +82,37 @@ class FrontDesk:
         """Answer a query, now or, if it asks for a migration, when that has ended."""
         match query:
             case StatusQuery():
-                self._reply(identity, query.query_id, 200, self._status())
+                self.reply(identity, query.query_id, 200, self._status())
             case RequestsQuery():
-                self._reply(identity, query.query_id, 200, self._state.requests())
+                self.reply(identity, query.query_id, 200, self._state.requests())
             case MigrateQuery():
                 self._migrate(identity, query)
             case DrainQuery():
-                self._reply(identity, query.query_id, *self._drain(query))
+                self.reply(identity, query.query_id, *self._drain(query))
+            case PolicyQuery():
+                self.reply(identity, query.query_id, *self._use_policies(query))
+            case RoleQuery():
+                self._change_role(identity, query)
             case FaultQuery():
-                self._reply(identity, query.query_id, *self._inject_fault(query))
+                self.reply(identity, query.query_id, *self._inject_fault(query))
 
-    def _reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:
+    def reply(self, identity: bytes, query_id: int, status: int, body: Any) -> None:
+        """Send an answer."""
         reply = QueryReply(query_id=query_id, status=status, body=msgspec.json.encode(body))
         self._socket.socket.send_multipart([identity, encode(reply)])
 
     def _status(self) -> dict[str, Any]:
         return self._state.status(
             {
-                "placement": self._args.placement,
-                "rescheduling": self._args.rescheduling,
+                "placement": self._dispatcher.placement,
+                "rescheduling": self._mover.rescheduling,
+                "emulated": self._args.emulate or None,
+                "time_dilation": self._args.time_dilation,
+                "length_prior": self._predictions.status(),
+                "move_cost": msgspec.to_builtins(self._mover.cost),
                 "runtime_dir": self._runtime_dir,
                 "dropped_frames": {d.where: d.total for d in self._dropped},
+                "roles": {**self._planner.status(), **self._roles.status(time.monotonic())},
             }
         )
 
@@ -91,7 +122,7 @@ class FrontDesk:
         refusal = self._why_not(query)
         if refusal is not None:
             status, reason = refusal
-            self._reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
+            self.reply(identity, query.query_id, status, {"outcome": "refused", "reason": reason})
             return
         owner = self._state.owners[query.rid]
         migration_id = self._mover.start(owner.name, owner.decode, query.target, MANUAL)
@@ -108,6 +139,8 @@ class FrontDesk:
             return 409, f"worker {query.target} is a {target.role} worker"
         if target.state != READY:
             return 409, f"worker {query.target} is {target.state}: {target.reason}"
+        if target.changing_to is not None:
+            return 409, f"worker {query.target} is becoming a {target.changing_to} worker"
         if owner.recovering or self._state.workers[owner.decode].state != READY:
             return 409, "the request is being recovered from a dead worker"
         if owner.decode == query.target:
@@ -133,7 +166,7 @@ class FrontDesk:
             "kv_bytes": result.kv_bytes,
             "duration_ms": 1e3 * result.duration_s,
         }
-        self._reply(*waiting, 200 if result.outcome == "completed" else 409, body)
+        self.reply(*waiting, 200 if result.outcome == "completed" else 409, body)
 
     def on_source_died(self, migration_id: int, move: MovingRequest) -> None:
         """A migration whose end its source cannot tell any more."""
@@ -153,7 +186,39 @@ class FrontDesk:
             )
         )
 
-    # --- draining, faults -------------------------------------------------------------------
+    # --- roles ------------------------------------------------------------------------------
+
+    def _change_role(self, identity: bytes, query: RoleQuery) -> None:
+        def answer(status: int, body: dict[str, Any]) -> None:
+            self.reply(identity, query.query_id, status, body)
+
+        refusal = self._roles.order(
+            query.worker_id, query.role, time.monotonic(), cause=OPERATOR, answer=answer
+        )
+        if refusal is not None:
+            status, reason = refusal
+            answer(status, {"outcome": "refused", "reason": reason})
+
+    # --- policies, draining, faults -----------------------------------------------------------
+
+    def _use_policies(self, query: PolicyQuery) -> tuple[int, Any]:
+        for name, known in (
+            (query.placement, PLACEMENT.served_names()),
+            (query.rescheduling, RESCHEDULING.served_names()),
+        ):
+            if name and name not in known:
+                choices = ", ".join(known)
+                return 400, {"reason": f"there is no policy {name!r}; choose one of: {choices}"}
+        if query.placement:
+            self._dispatcher.use(query.placement)
+        if query.rescheduling:
+            self._mover.use(query.rescheduling)
+        used = {
+            "placement": self._dispatcher.placement,
+            "rescheduling": self._mover.rescheduling,
+        }
+        logger.info("policies from now on: %s", used)
+        return 200, used
 
     def _drain(self, query: DrainQuery) -> tuple[int, Any]:
         view = self._state.workers.get(query.worker_id)

@@ -3,10 +3,12 @@
 Directions: controller → worker (``ConnectPeers`` … ``Resume``), worker → controller
 (``Heartbeat`` … ``PeerDiedAck``), worker → worker (``Offer`` … ``ForwardAbort``, in the order of
 the protocol), controller ↔ token ledger (``FenceRequests``, ``Fenced``), front ↔ controller
-(``…Query``/``…Reply``). On the wire a message is one msgpack array whose first element is its
-class name. :class:`Decoder` checks every type and bound; what a field means is checked where it
-is used (``disaggregation/checks.py``, the managers). A ``rid`` names one attempt at a request
-(``managers/attempts.py``), except where the front is spoken to.
+(``…Query``/``…Reply``); of workers on other hosts: controller → worker (``Generate``,
+``ControlRequest``), worker → controller and ledger (``ControlReply``, ``Outputs``), their host ↔
+controller (``JoinQuery`` … ``MayLeave``). On the wire a message is one msgpack array whose first
+element is its class name. :class:`Decoder` checks every type and bound; what a field means is
+checked where it is used (``disaggregation/checks.py``, the managers). A ``rid`` names one attempt
+at a request (``managers/attempts.py``), except where the front is spoken to.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ from typing import Annotated, Any
 import msgspec
 
 from sglang_ares.srt.disaggregation.request_state import RequestSpec, RequestState
-from sglang_ares.srt.policy.types import WorkerLoad
+from sglang_ares.srt.managers.remote_outputs import OutputBatch
+from sglang_ares.srt.policy.types import Remaining, WorkerLoad
+from sglang_ares.srt.predictor.errors import ErrorSums
+from sglang_ares.srt.predictor.estimate import MAX_TRAIL
 from sglang_ares.srt.security.bounds import (
     MAX_LISTED,
     Address,
@@ -24,7 +29,10 @@ from sglang_ares.srt.security.bounds import (
     Count,
     HostName,
     HttpStatus,
+    Label,
+    Milliseconds,
     Outcome,
+    PolicyName,
     Port,
     Reason,
     Rid,
@@ -98,6 +106,14 @@ class Resume(Message, frozen=True, kw_only=True):
     room: Room
 
 
+class ChangeRole(Message, frozen=True, kw_only=True):
+    """Become a worker of ``role`` as soon as nothing is left to do; answer with
+    ``RoleChanged``."""
+
+    change_id: SequenceId
+    role: Role
+
+
 class InjectFault(Message, frozen=True, kw_only=True):
     """Hold the next migration that reaches ``point`` for ``seconds`` (action ``hold``), let its
     transfer fail there (``fail``), or end all holds (``release``); ``disaggregation/faults.py``.
@@ -136,6 +152,16 @@ class Adopted(Message, frozen=True, kw_only=True):
     worker_id: WorkerId
 
 
+class RoleChanged(Message, frozen=True, kw_only=True):
+    """The end of a ``ChangeRole``: the role the worker has now, and, if that is the old one, the
+    ``reason``."""
+
+    change_id: SequenceId
+    worker_id: WorkerId
+    role: Role
+    reason: Reason
+
+
 class FaultReached(Message, frozen=True, kw_only=True):
     """An injected fault has struck."""
 
@@ -164,23 +190,46 @@ class PoolCounters(msgspec.Struct, frozen=True, kw_only=True):
     idle: bool
 
 
+class PredictionReport(msgspec.Struct, frozen=True, kw_only=True):
+    """``errors``: by the output tokens generated when a prediction was made. ``not_finite``: raw
+    outputs that were no numbers. Both since the worker's start."""
+
+    errors: Annotated[dict[Count, ErrorSums], msgspec.Meta(max_length=MAX_TRAIL)]
+    not_finite: Count
+
+
+class FirstEstimates(Message, frozen=True, kw_only=True):
+    """A prefill worker: what is predicted for requests it has just done with."""
+
+    worker_id: WorkerId
+    remaining: Annotated[dict[Rid, Remaining], msgspec.Meta(max_length=MAX_LISTED)]
+
+
 class WorkerReport(Message, frozen=True, kw_only=True):
     """A worker's load, and the requests that left it since its last report.
 
-    ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
+    ``ended_lengths``: output tokens of the requests that came to their end since (aborted ones did
+    not). ``decode_step_ms``: mean duration of the decode steps since the last report (0: none).
+    ``prefill_law``: its prefill times (fixed, per token, per square of tokens), once it knows.
     ``dropped_frames``: control messages this worker has not let in since its start.
+    ``late_steps``: steps in which an emulated worker could not keep to its profile.
+    ``predictions``: None where nothing is predicted.
     """
 
     worker_id: WorkerId
     incarnation: Count
     load: WorkerLoad
     finished: Annotated[list[Rid], msgspec.Meta(max_length=MAX_LISTED)]
+    ended_lengths: Annotated[list[Count], msgspec.Meta(max_length=MAX_LISTED)] = []
     pools: PoolCounters
     migrations_in: Count
     migrations_out: Count
     retracted: Count
     decode_step_ms: Seconds
     dropped_frames: Count = 0
+    prefill_law: tuple[Milliseconds, Milliseconds, Milliseconds] | None = None
+    late_steps: Count = 0
+    predictions: PredictionReport | None = None
 
 
 class MigrationResult(Message, frozen=True, kw_only=True):
@@ -367,6 +416,22 @@ class DrainQuery(Message, frozen=True, kw_only=True):
     drain: bool
 
 
+class PolicyQuery(Message, frozen=True, kw_only=True):
+    """Use these policies from now on; an empty name changes nothing."""
+
+    query_id: SequenceId
+    placement: PolicyName
+    rescheduling: PolicyName
+
+
+class RoleQuery(Message, frozen=True, kw_only=True):
+    """Make a worker one of ``role``; answered when it is, or with the reason why not."""
+
+    query_id: SequenceId
+    worker_id: WorkerId
+    role: Role
+
+
 class FaultQuery(Message, frozen=True, kw_only=True):
     """Inject a fault on a worker, or (no worker) ask which have struck."""
 
@@ -385,12 +450,123 @@ class QueryReply(Message, frozen=True, kw_only=True):
     body: bytes
 
 
+# --- workers on other hosts -----------------------------------------------------------------
+
+
+class Generate(Message, frozen=True, kw_only=True):
+    """Controller → worker: a request; its KV comes or goes over transfer ``room``, unless it is a
+    health check (no room)."""
+
+    spec: RequestSpec
+    bootstrap_host: HostName
+    bootstrap_port: Port
+    room: Room
+
+
+class ControlRequest(Message, frozen=True, kw_only=True):
+    """Controller → worker: one of upstream's control requests, as JSON
+    (``managers/remote_io.py`` has the list)."""
+
+    body: bytes
+
+
+class ControlReply(Message, frozen=True, kw_only=True):
+    """Worker → controller: upstream's answer for the front, as JSON."""
+
+    worker_id: WorkerId
+    body: bytes
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    """Worker → token ledger: new tokens."""
+
+    worker_id: WorkerId
+    batch: OutputBatch
+
+
+class JoinQuery(Message, frozen=True, kw_only=True):
+    """Host → controller, on the socket of the front's queries: take in my worker. No process of
+    it runs. ``host_id`` is the same for every attempt of one host process; ``mailbox`` is where
+    that listens. ``settings``: what must be as in the cluster (``managers/cluster_settings.py``).
+    """
+
+    query_id: SequenceId
+    host_id: HostName
+    role: Role
+    host: HostName
+    mailbox: Address
+    settings: Annotated[dict[Label, Label], msgspec.Meta(max_length=2048)]
+
+
+class HostBeat(Message, frozen=True, kw_only=True):
+    """Host → controller: asks for the lease of its worker to be renewed."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    beat: SequenceId
+
+
+class Lease(Message, frozen=True, kw_only=True):
+    """Controller → host: the worker may live on, counted from when ``beat`` was sent."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    beat: SequenceId
+
+
+class WorkerStarted(Message, frozen=True, kw_only=True):
+    """Host → controller: the worker has loaded the model. ``pids``: on its host, by rank."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    pids: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=1024)]
+    kv_capacity: Count
+    max_input_tokens: Count
+    control_endpoint: Address
+    bootstrap_host: HostName
+    bootstrap_port: Port
+
+
+class WorkerEnded(Message, frozen=True, kw_only=True):
+    """Host → controller: no process of the worker is left. ``leaves``: the host goes too."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    reason: Reason
+    leaves: bool = False
+
+
+class HostLeaving(Message, frozen=True, kw_only=True):
+    """Host → controller: it wants to go; empty the worker."""
+
+    worker_id: WorkerId
+    incarnation: Count
+
+
+class EndWorker(Message, frozen=True, kw_only=True):
+    """Controller → host: end the worker's processes now, and say so."""
+
+    worker_id: WorkerId
+    incarnation: Count
+
+
+class MayLeave(Message, frozen=True, kw_only=True):
+    """Controller → host: the worker is empty, or the server ends: end the worker and go."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    reason: Reason
+
+
 WorkerInbound = (
-    ConnectPeers
+    Generate
+    | ControlRequest
+    | ConnectPeers
     | StartMigration
     | PeerDied
     | Discard
     | Resume
+    | ChangeRole
     | InjectFault
     | Offer
     | Accept
@@ -405,16 +581,34 @@ WorkerInbound = (
 ControllerInbound = (
     Heartbeat
     | WorkerReport
+    | FirstEstimates
     | MigrationResult
     | Landed
     | Adopted
     | RequestFailed
     | PeerDiedAck
+    | RoleChanged
     | FaultReached
     | Fenced
+    | ControlReply
+    | HostBeat
+    | WorkerStarted
+    | WorkerEnded
+    | HostLeaving
 )
 LedgerInbound = FenceRequests
-FrontInbound = StatusQuery | RequestsQuery | MigrateQuery | DrainQuery | FaultQuery
+OutputsInbound = Outputs
+HostInbound = Lease | EndWorker | MayLeave
+FrontInbound = (
+    StatusQuery
+    | RequestsQuery
+    | MigrateQuery
+    | DrainQuery
+    | PolicyQuery
+    | RoleQuery
+    | FaultQuery
+    | JoinQuery
+)
 
 _encoder = msgspec.msgpack.Encoder()
 

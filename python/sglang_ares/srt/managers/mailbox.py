@@ -6,7 +6,7 @@ import zmq
 
 from sglang_ares.srt.security.curve import CurveKeys
 from sglang_ares.srt.security.dropped import DroppedFrames
-from sglang_ares.srt.security.sockets import BoundSocket, connected_socket
+from sglang_ares.srt.security.sockets import BoundSocket, LossWatch, connected_socket
 
 
 class Mailbox:
@@ -33,18 +33,33 @@ class Mailbox:
         self.socket = self._inbound.socket
         self._peers: dict[str, zmq.Socket[bytes]] = {}
         self._endpoints: dict[str, str] = {}
+        self._watches: dict[str, LossWatch] = {}
 
-    def connect(self, peer: str, endpoint: str) -> None:
-        """Make ``peer`` reachable; another endpoint replaces the old connection."""
+    def connect(self, peer: str, endpoint: str, *, watch: bool = False) -> None:
+        """Make ``peer`` reachable; another endpoint replaces the old connection. With ``watch``
+        :meth:`lost` tells when the connection was lost."""
         if self._endpoints.get(peer) == endpoint:
             return
         self.disconnect(peer)
         self._peers[peer] = connected_socket(self._context, zmq.PUSH, endpoint, keys=self._keys)
         self._endpoints[peer] = endpoint
+        if watch:
+            self._watches[peer] = LossWatch(self._context, self._peers[peer])
+
+    def watch_of(self, peer: str) -> LossWatch:
+        """The watch of ``peer``, for another thread to ask instead of :meth:`lost`."""
+        return self._watches[peer]
+
+    def lost(self) -> list[str]:
+        """Watched peers whose connection was lost since the last question."""
+        return [peer for peer, watch in self._watches.items() if watch.lost]
 
     def disconnect(self, peer: str) -> None:
         """Forget ``peer``; what it was not sent yet is dropped."""
         self._endpoints.pop(peer, None)
+        watch = self._watches.pop(peer, None)
+        if watch is not None:
+            watch.close()
         socket = self._peers.pop(peer, None)
         if socket is not None:
             socket.close(linger=0)

@@ -21,6 +21,7 @@ from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
 from sglang_ares.srt.disaggregation.request_state import tokenized_input, unpack_ids
 from sglang_ares.srt.managers.io_struct import Message, Offer, Peer
+from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -39,20 +40,24 @@ class _FromWorker(Protocol):
     def bootstrap_port(self) -> Any: ...
 
 
+def facts_of(scheduler: AresScheduler) -> WorkerFacts:
+    """What a worker can hold."""
+    return WorkerFacts(
+        vocab_size=scheduler.model_config.vocab_size,
+        max_tokens=min(scheduler.req_to_token_pool.max_context_len, scheduler.max_total_num_tokens),
+    )
+
+
 class SchedulerMigrationHost:
-    """Implements ``MigrationHost`` on an :class:`AresScheduler` in decode mode."""
+    """Implements ``MigrationHost`` on an :class:`AresScheduler`, which decodes while there are
+    migrations."""
 
     def __init__(self, scheduler: AresScheduler, link: KvLink, limits: MigrationLimits) -> None:
         self._scheduler = scheduler
         self._limits = limits
         self.link = link
         self.dropped = scheduler.ares.dropped
-        self.facts = WorkerFacts(
-            vocab_size=scheduler.model_config.vocab_size,
-            max_tokens=min(
-                scheduler.req_to_token_pool.max_context_len, scheduler.max_total_num_tokens
-            ),
-        )
+        self.facts = facts_of(scheduler)
         self.worker_id: int = scheduler.ares.worker_id
         self.speaks: bool = scheduler.ares.speaks
         self.kv_capacity = int(scheduler.max_total_num_tokens)
@@ -190,6 +195,8 @@ class SchedulerMigrationHost:
     def refusal(self, offer: Offer) -> str | None:
         """Why this worker takes no further request now."""
         scheduler = self._scheduler
+        if scheduler.ares.role != DECODE:
+            return "the target does not decode"
         if offer.spec.rid in scheduler.ares.received:
             return "the request is here already"
         adapters = scheduler.tp_worker.model_runner.lora_manager

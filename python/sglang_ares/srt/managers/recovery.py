@@ -176,7 +176,7 @@ class Recovery:
     def _why_end(self, owner: Ownership, emitted: EmittedTokens) -> tuple[int | None, str] | None:
         if owner.aborted:
             return None, "aborted"
-        failures = owner.attempt - owner.first_attempt
+        failures = owner.attempt - owner.first_attempt - owner.handed_back
         if failures > self._max_attempts:
             return 500, f"the request failed {failures} times; see the server's log"
         row = first_refusal(REQUEST, owner.request) if emitted.output_ids else None
@@ -195,6 +195,7 @@ class Recovery:
     def _conclude_when_acknowledged(self, event_id: int, death: _Death) -> None:
         if death.waiting_for or self._deaths.pop(event_id, None) is None:
             return
+        self._state.take_back_ended(death.worker_id)
         lost = [
             o
             for o in self._state.owners.values()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_disagg, get_parallel
 
 from sglang_ares.srt.disaggregation.checks import resume_fault
 from sglang_ares.srt.disaggregation.faults import FaultInjector
@@ -19,11 +20,15 @@ from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
 from sglang_ares.srt.disaggregation.resume import ResumedRequests
+from sglang_ares.srt.disaggregation.roles import add_prefill_side, label
 from sglang_ares.srt.managers.control_intake import ControlIntake, ControlRequestReceiver
 from sglang_ares.srt.managers.heartbeat import start_heartbeat
 from sglang_ares.srt.managers.io_struct import (
+    ChangeRole,
     ConnectPeers,
+    ControlRequest,
     Discard,
+    Generate,
     InjectFault,
     Message,
     PeerDied,
@@ -34,11 +39,12 @@ from sglang_ares.srt.managers.load_snapshots import WorkerLoadWriter
 from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from sglang_ares.srt.managers.output_streamer import (
     AresOutputStreamer,
-    DecodeOutputStreamer,
-    PrefillOutputStreamer,
     TokenizerEcho,
 )
+from sglang_ares.srt.managers.remote_requests import RemoteRequests
+from sglang_ares.srt.managers.role_switch import RoleSwitch
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
+from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -48,10 +54,15 @@ if TYPE_CHECKING:
     )
     from sglang.srt.server_args import PortArgs, ServerArgs
 
+    from sglang_ares.srt.disaggregation.migration import MigrationLimits
     from sglang_ares.srt.disaggregation.source import SourceMigration
     from sglang_ares.srt.disaggregation.target import TargetMigration
+    from sglang_ares.srt.emulation.device import EmulatedDevice
+    from sglang_ares.srt.emulation.predictions import EmulatedPredictions
     from sglang_ares.srt.managers.io_struct import PoolCounters
     from sglang_ares.srt.managers.worker_spec import WorkerSpec
+    from sglang_ares.srt.policy.types import Remaining
+    from sglang_ares.srt.predictor.tracker import PredictionTracker
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +82,25 @@ class AresScheduler(Scheduler):
     """
 
     spec: ClassVar[WorkerSpec]
+    emulated: ClassVar[EmulatedDevice | None] = None
+    emulated_predictions: ClassVar[EmulatedPredictions | None] = None
+    predictions: ClassVar[PredictionTracker | None] = None
 
     def __init__(self, server_args: ServerArgs, port_args: PortArgs) -> None:
         self.migrations: MigrationManager | None = None
         self.resumed: ResumedRequests | None = None
         self._faults: FaultInjector | None = None
+        self._role_switch: RoleSwitch | None = None
         self.ares: WorkerAgent
         self._pools_at_start: PoolCounters | None = None
         self._was_busy = False
         self._last_forward_was_decode = False
+        # Prefill batches under way: when each was launched, and what of its prompts it computes.
+        self._prefills: deque[tuple[float, list[tuple[int, int]]]] = deque(maxlen=4)
         super().__init__(server_args, port_args)
         self._pools_at_start = pool_counters(self, idle=True)
-        start_heartbeat(self.spec, get_parallel().tp_rank)
+        lifelines = self._remote.lifelines if self._remote is not None else []
+        start_heartbeat(self.spec, get_parallel().tp_rank, lifelines)
 
     # --- construction: upstream's init_* steps ----------------------------------------------
 
@@ -91,7 +109,11 @@ class AresScheduler(Scheduler):
         super().init_ipc_channels(port_args)
         self.ares = WorkerAgent(self.spec, speaks=get_parallel().attn_tp_rank == 0)
         AresOutputStreamer.agent = self.ares
+        AresOutputStreamer.predictions = self.predictions
         channels: Any = self.ipc_channels
+        self._remote = RemoteRequests.of(self)
+        if self._remote is not None:
+            channels = self._remote.instead_of(channels)
         echo = TokenizerEcho(channels.send_to_tokenizer, self.ares)
         self.ipc_channels: Any = dataclasses.replace(channels, send_to_tokenizer=echo)
         if self.ares.speaks:
@@ -106,7 +128,8 @@ class AresScheduler(Scheduler):
 
     def _waits_for_time(self) -> bool:
         migrating = self.migrations is not None and self.migrations.active
-        return migrating or self.ares.report_is_due(time.monotonic())
+        changing = self._role_switch is not None and self._role_switch.waiting
+        return migrating or changing or self.ares.report_is_due(time.monotonic())
 
     def _digest(self) -> int:
         return self.migrations.digest.value if self.migrations is not None else 0
@@ -118,26 +141,42 @@ class AresScheduler(Scheduler):
             self.idle_sleeper.poller.register(self.ares.socket)
 
     def init_disaggregation(self) -> None:
-        """Upstream's structures for the role; on a decode worker also the sending side."""
+        """Upstream's structures for both roles, as far as the worker may have both; a decode
+        worker needs the sending side for migrations anyway."""
         row = first_refusal(MODEL, self)
         if row is not None:
             raise UnsupportedModelError(f"{row.what}: {row.reason} {row.remedy}")
+        if get_disagg().enable_pd_role_switch:
+            label(self, DECODE)
         super().init_disaggregation()
         if self.disaggregation_mode is DisaggregationMode.DECODE:
-            link = KvLink(self, self.spec.bootstrap_host, self.spec.bootstrap_port)
-            self._host = SchedulerMigrationHost(self, link, self.spec.limits)
+            send_manager = add_prefill_side(self)
+            label(self, self.spec.role)
+            link = KvLink(self, send_manager, self.spec.bootstrap_host, self.spec.bootstrap_port)
+            limits = self._limits(link)
+            self._host = SchedulerMigrationHost(self, link, limits)
             if self.spec.fault_injection:
                 self._faults = FaultInjector(
                     self.ares.worker_id, self.ares.report, lambda: self._intake.now
                 )
-            self.migrations = MigrationManager(self._host, self.spec.limits, self._faults)
+            self.migrations = MigrationManager(self._host, limits, self._faults)
             self.resumed = ResumedRequests(self)
+        if get_disagg().enable_pd_role_switch:
+            self._role_switch = RoleSwitch(self, self.spec.limits.timeout_s)
+
+    def _limits(self, link: KvLink) -> MigrationLimits:
+        """Those of the operator; unless they say otherwise, an emulated link is as fast as its
+        profile says."""
+        limits, profile = self.spec.limits, self.spec.profile
+        if profile is None or limits.bandwidth_mb_s:
+            return limits
+        bytes_per_token = link.page_bytes / link.page_size
+        bytes_per_s = profile.link_tokens_per_s * bytes_per_token / self.spec.time_dilation
+        return dataclasses.replace(limits, bandwidth_mb_s=bytes_per_s / 1e6)
 
     def get_output_streamer_class(self) -> type:
-        """Who may speak to the detokenizer, by role."""
-        if self.disaggregation_mode is DisaggregationMode.PREFILL:
-            return PrefillOutputStreamer
-        return DecodeOutputStreamer
+        """Who may speak to the detokenizer."""
+        return AresOutputStreamer
 
     # --- the event loop ---------------------------------------------------------------------
 
@@ -154,6 +193,8 @@ class AresScheduler(Scheduler):
             # Upstream's loop goes no further while paused; migrations under way must end.
             self.migrations.tick(now)
         self.ares.report_load(self, now)
+        if self._role_switch is not None:
+            self._role_switch.step(now)
         return received
 
     def _handle_control(self, message: Message, now: float) -> None:
@@ -163,6 +204,14 @@ class AresScheduler(Scheduler):
             self._let_go_of(message, now)
         elif isinstance(message, Discard):
             self._discard(message)
+        elif isinstance(message, (Generate, ControlRequest)):
+            if self._remote is None:
+                self.ares.dropped.count(f"{type(message).__name__} is for workers of other hosts")
+            else:
+                self._remote.receive(message)
+        elif isinstance(message, ChangeRole):
+            if self._role_switch is not None:
+                self._role_switch.order(message, now)
         elif self.migrations is None or self.resumed is None:
             self.ares.dropped.count(f"{type(message).__name__} is not for a prefill worker")
         elif isinstance(message, Resume):
@@ -219,17 +268,36 @@ class AresScheduler(Scheduler):
         self._host.release_what_the_dead_held()
         super().process_decode_queue()
 
+    def run_batch(self, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; when a prefill batch began."""
+        if batch.forward_mode.is_extend():
+            chunks = [
+                (start, start + length)
+                for start, length in zip(batch.prefix_lens, batch.extend_lens, strict=True)
+            ]
+            self._prefills.append((time.monotonic(), chunks))
+        return super().run_batch(batch, *args, **kwargs)
+
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
-        """Upstream's processing, then the step's time and the first tokens of landed requests."""
+        """Upstream's processing, then the step's time, the first tokens of landed requests, and
+        what is predicted for new ones."""
         super().process_batch_result(batch, result)
+        if self.predictions is not None and self.predictions.first:
+            self.ares.report_first_estimates(self.predictions.take_first())
+        if batch.forward_mode.is_extend() and self._prefills:
+            launched, chunks = self._prefills.popleft()
+            self.ares.after_prefill(chunks, launched, time.monotonic())
         is_decode = batch.forward_mode.is_decode()
         if is_decode:
-            self.ares.after_decode_step(time.monotonic(), self._last_forward_was_decode)
+            now, continuous = time.monotonic(), self._last_forward_was_decode
+            self.ares.after_decode_step(batch.reqs, now, continuous)
         self._last_forward_was_decode = is_decode
 
     def on_idle(self) -> None:
         """Upstream's housekeeping; never spin while a transfer is under way."""
         self._last_forward_was_decode = False
+        if self.emulated is not None:
+            self.emulated.rest()
         if not self.is_fully_idle():
             self._was_busy = True
             super().on_idle()
@@ -303,6 +371,11 @@ class AresScheduler(Scheduler):
             and not self.migrations.is_moving(req.rid)
             and self._host.immovable(req, recv_req) is None
         )
+
+    def remaining(self, req: Req) -> Remaining | None:
+        """What the request is predicted to produce still, if anything predicts here."""
+        predictions = self.predictions or self.emulated_predictions
+        return predictions.remaining(req) if predictions is not None else None
 
     def queued_requests(self) -> list[Req]:
         """Requests here that are in no running batch."""

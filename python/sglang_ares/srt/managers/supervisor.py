@@ -6,11 +6,11 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
-from sglang_ares.srt.managers.cluster import WorkerProcess, WorkerStartError
 from sglang_ares.srt.managers.cluster_state import DYING, FAILED_FOR_GOOD, READY, RESTARTING
+from sglang_ares.srt.managers.remote_workers import RemoteWorker, WorkerStartError
 
 if TYPE_CHECKING:
-    from sglang_ares.srt.managers.cluster import WorkerCluster
+    from sglang_ares.srt.managers.cluster import WorkerCluster, WorkerProcess
     from sglang_ares.srt.managers.cluster_state import ClusterState
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class SupervisorHost(Protocol):
         """Start a lost worker anew."""
         ...
 
-    def take_in(self, worker: WorkerProcess) -> None:
+    def take_in(self, worker: WorkerProcess | RemoteWorker) -> None:
         """A restarted worker is ready: connect it, and let it have requests."""
         ...
 
@@ -72,12 +72,14 @@ class Supervisor:
         self._strikes: Counter[int] = Counter()
         self._failed_starts: Counter[int] = Counter()
         self._serving_since: dict[int, float] = {}
+        # Those that are out of restarts.
+        self.exhausted: set[int] = set()
         for worker in cluster.workers:
             self._expect(worker, now)
 
-    def _expect(self, worker: WorkerProcess, now: float) -> None:
+    def _expect(self, worker: WorkerProcess | RemoteWorker, now: float) -> None:
         self._serving_since[worker.spec.worker_id] = now
-        for rank in range(len(worker.processes)):
+        for rank in range(worker.ranks):
             self._heard[worker.spec.worker_id, rank] = now
 
     def on_heartbeat(self, worker_id: int, incarnation: int, rank: int, now: float) -> None:
@@ -85,6 +87,19 @@ class Supervisor:
         view = self._state.workers.get(worker_id)
         if view is not None and view.incarnation == incarnation:
             self._heard[worker_id, rank] = now
+
+    def readmit(self, worker_id: int, *, forgive: bool) -> bool:
+        """Expect a worker back that was given up; false while others hold on to it. With
+        ``forgive`` its earlier restarts do not count."""
+        if not self._host.settled(worker_id):
+            return False
+        if forgive:
+            self._strikes[worker_id] = self._failed_starts[worker_id] = 0
+            self.exhausted.discard(worker_id)
+        view = self._state.workers[worker_id]
+        view.state, view.reason = RESTARTING, ""
+        self._restart_at[worker_id] = 0.0
+        return True
 
     def tick(self, now: float) -> None:
         """Look after every worker once; never waits."""
@@ -102,24 +117,23 @@ class Supervisor:
             elif view.state == RESTARTING:
                 self._bring_back(worker, now)
 
-    def _check(self, worker: WorkerProcess, now: float) -> None:
+    def _check(self, worker: WorkerProcess | RemoteWorker, now: float) -> None:
         worker_id = worker.spec.worker_id
         if not worker.alive:
-            codes = [p.exitcode for p in worker.processes if not p.is_alive()]
-            self._lose(worker, f"died (exit code {codes[0]})")
+            self._lose(worker, worker.cause_of_death)
             return
         silent = now - min(h for (w, _), h in self._heard.items() if w == worker_id)
         if silent > self._timeout_s:
             self._lose(worker, f"gave no sign of life for {silent:.1f} s")
 
-    def _lose(self, worker: WorkerProcess, reason: str) -> None:
-        logger.error("%s %s", worker.name, reason)
+    def _lose(self, worker: WorkerProcess | RemoteWorker, reason: str) -> None:
+        logger.log(logging.INFO if worker.left else logging.ERROR, "%s %s", worker.name, reason)
         view = self._state.workers[worker.spec.worker_id]
         view.state, view.reason = DYING, reason
         self._host.leave_out(worker.spec.worker_id)
         self._cluster.kill(worker.spec.worker_id)
 
-    def _bury(self, worker: WorkerProcess, now: float) -> None:
+    def _bury(self, worker: WorkerProcess | RemoteWorker, now: float) -> None:
         worker_id = worker.spec.worker_id
         view = self._state.workers[worker_id]
         since = self._serving_since.pop(worker_id, None)
@@ -129,8 +143,13 @@ class Supervisor:
                 self._strikes[worker_id] = 0
         else:
             self._failed_starts[worker_id] += 1
-        if self._strikes[worker_id] >= self._max_restarts:
+        if worker.ending is not None:
+            view.state, why = worker.ending
+            view.reason += f"; {why}"
+            logger.warning("%s is left out: %s", worker.name, view.reason)
+        elif self._strikes[worker_id] >= self._max_restarts:
             view.state = FAILED_FOR_GOOD
+            self.exhausted.add(worker_id)
             strikes = self._strikes[worker_id]
             view.reason += f"; it was restarted {strikes} times (--ares-max-restarts)"
             logger.error("%s is left out: %s", worker.name, view.reason)
@@ -142,7 +161,7 @@ class Supervisor:
             self._restart_at[worker_id] = now + min(wait_s, _LONGEST_BACKOFF_S)
         self._host.on_worker_dead(worker_id)
 
-    def _bring_back(self, worker: WorkerProcess, now: float) -> None:
+    def _bring_back(self, worker: WorkerProcess | RemoteWorker, now: float) -> None:
         worker_id = worker.spec.worker_id
         view = self._state.workers[worker_id]
         due = self._restart_at.get(worker_id)

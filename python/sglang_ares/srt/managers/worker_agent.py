@@ -15,17 +15,21 @@ import zmq
 from sglang_ares.srt.disaggregation.checks import peers_fault
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
+    FirstEstimates,
     Landed,
     Message,
     Peer,
     PoolCounters,
+    PredictionReport,
     RequestFailed,
     WorkerInbound,
     WorkerReport,
     encode,
 )
 from sglang_ares.srt.managers.mailbox import Mailbox
-from sglang_ares.srt.policy.types import DECODE, RequestLoad, WorkerLoad
+from sglang_ares.srt.policy.prefill_time import PrefillTimeFit
+from sglang_ares.srt.policy.step_time import StepTimeFit
+from sglang_ares.srt.policy.types import DECODE, Remaining, RequestLoad, WorkerLoad
 from sglang_ares.srt.security.bounds import MAX_LISTED
 from sglang_ares.srt.security.dropped import DroppedFrames
 
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
 
     from sglang_ares.srt.managers.scheduler import AresScheduler
     from sglang_ares.srt.managers.worker_spec import WorkerSpec
+    from sglang_ares.srt.security.sockets import LossWatch
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,7 @@ class WorkerAgent:
         self._decoder = Decoder(WorkerInbound)
         self.dropped = DroppedFrames(f"worker-{spec.worker_id}")
         self._mailbox: Mailbox | None = None
+        self._away = spec.outputs_endpoint is not None
         if speaks:
             context = zmq.Context(1)
             # Kept: it stops when nobody refers to it any more.
@@ -77,10 +83,11 @@ class WorkerAgent:
             self._mailbox = Mailbox(
                 context, spec.control_bind, keys=spec.curve_keys, dropped=self.dropped
             )
-            self._mailbox.connect(CONTROLLER, spec.controller_endpoint)
+            self._mailbox.connect(CONTROLLER, spec.controller_endpoint, watch=self._away)
         # What the front sent for each live request, to send along when it moves.
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self._arrived_at: dict[str, float] = {}
+        self._refused: list[str] = []
         self._landings: list[_Landing] = []
         self._last_report = float("-inf")
         self._decode_steps = 0
@@ -89,6 +96,11 @@ class WorkerAgent:
         # Seconds of a decode step, recent ones weighing more; 0 before the first.
         self.decode_step_s = 0.0
         self._step_ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
+        self._step_time = StepTimeFit()
+        self._prefill_time = PrefillTimeFit()
+        self._last_prefill_end = float("-inf")
+        # Output lengths of requests that came to their end here since the last report.
+        self._ended_lengths: list[int] = []
         self.retracted = 0
         # Attempts that were declared void, and requests whose client has left.
         self._void: OrderedDict[str, None] = OrderedDict()
@@ -100,6 +112,13 @@ class WorkerAgent:
     def socket(self) -> zmq.Socket[bytes] | None:
         """The inbound socket, for pollers."""
         return self._mailbox.socket if self._mailbox is not None else None
+
+    @property
+    def lifelines(self) -> list[LossWatch]:
+        """Connections to another host whose loss this worker must not survive."""
+        if self._mailbox is None or not self._away:
+            return []
+        return [self._mailbox.watch_of(CONTROLLER)]
 
     def drain(self) -> list[bytes]:
         """Frames that have arrived (rank 0)."""
@@ -117,7 +136,7 @@ class WorkerAgent:
     def connect(self, peers: list[Peer]) -> bool:
         """Make all workers reachable, this one included (a message to oneself is legal); false if
         the list cannot be true."""
-        fault = peers_fault(peers, self.worker_id, self.role)
+        fault = peers_fault(peers, self.worker_id)
         try:
             if fault is None and self._mailbox is not None:
                 for peer in peers:
@@ -170,6 +189,10 @@ class WorkerAgent:
         self.note_void(rid)
         self.report(RequestFailed(rid=rid, worker_id=self.worker_id, reason=reason))
 
+    def note_refused(self, rid: str) -> None:
+        """The request was answered without having begun; the controller is told that it ended."""
+        self._refused.append(rid)
+
     def note_received(self, recv_req: TokenizedGenerateReqInput) -> None:
         """A request came in, from the front or from a peer."""
         self.received[recv_req.rid] = recv_req
@@ -185,11 +208,18 @@ class WorkerAgent:
         self._arrived_at[req.rid] = time.monotonic()
         self._landings.append(_Landing(req, migration_id, stopped_at, len(req.output_ids)))
 
-    def after_decode_step(self, now: float, continuous: bool) -> None:
-        """Note the step's duration, and the first tokens of landed requests."""
+    def note_ended(self, output_tokens: int) -> None:
+        """A request came to its end, with so much output; nobody aborted it."""
+        if self.speaks and len(self._ended_lengths) < MAX_LISTED:
+            self._ended_lengths.append(output_tokens)
+
+    def after_decode_step(self, reqs: list[Req], now: float, continuous: bool) -> None:
+        """Note the duration of a step over ``reqs``, and the first tokens of landed requests."""
         if continuous and self._last_step_end is not None:
             self._decode_steps += 1
             took = now - self._last_step_end
+            if self.speaks:
+                self._step_time.observe(len(reqs), sum(r.seqlen for r in reqs), 1e3 * took)
             self._decode_time_s += took
             weight = _STEP_WEIGHT if self.decode_step_s else 1.0
             self.decode_step_s += weight * (took - self.decode_step_s)
@@ -204,6 +234,14 @@ class WorkerAgent:
             elif not landing.req.finished() and landing.req.rid in self.received:
                 waiting.append(landing)
         self._landings = waiting
+
+    def after_prefill(self, chunks: list[tuple[int, int]], launched: float, now: float) -> None:
+        """A prefill batch has ended. It had the device from its launch on, or from the end of the
+        one before."""
+        if self.speaks:
+            took = now - max(launched, self._last_prefill_end)
+            self._prefill_time.observe(chunks, 1e3 * took)
+        self._last_prefill_end = now
 
     def _report_landed(self, landing: _Landing) -> None:
         pause_s = time.time() - landing.stopped_at
@@ -227,6 +265,10 @@ class WorkerAgent:
         )
 
     # --- reports ----------------------------------------------------------------------------
+
+    def report_first_estimates(self, estimates: list[tuple[str, Remaining]]) -> None:
+        """Tell the controller what prefill says of requests whose decode worker has not begun."""
+        self.report(FirstEstimates(worker_id=self.worker_id, remaining=dict(estimates)))
 
     def report_is_due(self, now: float) -> bool:
         """Whether the report interval is over."""
@@ -252,14 +294,29 @@ class WorkerAgent:
                 incarnation=self._incarnation,
                 load=self._load(scheduler, now, step_ms),
                 finished=finished,
+                ended_lengths=self._ended_lengths,
+                prefill_law=self._prefill_law(),
                 pools=pool_counters(scheduler, idle=scheduler.is_fully_idle()),
                 migrations_in=len(scheduler.inbound_migrations()),
                 migrations_out=len(scheduler.outbound_migrations()),
                 retracted=self.retracted,
                 decode_step_ms=step_ms,
                 dropped_frames=self.dropped.total,
+                late_steps=scheduler.emulated.late_steps if scheduler.emulated else 0,
+                predictions=_prediction_report(scheduler),
             )
         )
+        self._ended_lengths = []
+
+    def _prefill_law(self) -> tuple[float, float, float] | None:
+        law = self._prefill_time.law()
+        return (law.fixed_ms, law.per_token_ms, law.per_square_ms) if law is not None else None
+
+    def report_all_ended(self, scheduler: AresScheduler, now: float) -> None:
+        """Tell of every request that has left; the worker is idle, so that is all of them."""
+        self.report_load(scheduler, now, force=True)
+        while self.received:
+            self.report_load(scheduler, now, force=True)
 
     def _forget_ended(self, scheduler: AresScheduler) -> list[str]:
         """Drop what was kept of requests that are not here any more; their rids."""
@@ -270,7 +327,8 @@ class WorkerAgent:
         for rid in ended:
             del self.received[rid]
             self._arrived_at.pop(rid, None)
-        return ended
+        refused, self._refused = self._refused, []
+        return [*ended, *refused][:MAX_LISTED]
 
     def _load(self, scheduler: AresScheduler, now: float, step_ms: float) -> WorkerLoad:
         running = [r for r in scheduler.running_batch.reqs if not r.finished()]
@@ -287,6 +345,7 @@ class WorkerAgent:
             queued=len(queued),
             queued_tokens=sum(r.seqlen for r in queued if not r.kv.holds_kv),
             decode_step_ms=step_ms,
+            step=self._step_time.law(),
             requests=(
                 *(self._request_load(scheduler, r, now, runs=True) for r in running[:MAX_LISTED]),
                 *(
@@ -316,6 +375,7 @@ class WorkerAgent:
             age_s=age_s,
             since_move_s=age_s,
             movable=movable,
+            remaining=scheduler.remaining(req),
         )
 
 
@@ -323,6 +383,14 @@ def _remember(rids: OrderedDict[str, None], rid: str) -> None:
     rids[rid] = None
     while len(rids) > _REMEMBERED:
         rids.popitem(last=False)
+
+
+def _prediction_report(scheduler: AresScheduler) -> PredictionReport | None:
+    """How the worker's predictions have turned out, if it makes any."""
+    tracker = scheduler.predictions
+    if tracker is None:
+        return None
+    return PredictionReport(errors=tracker.errors, not_finite=tracker.not_finite)
 
 
 def pool_counters(scheduler: AresScheduler, *, idle: bool) -> PoolCounters:

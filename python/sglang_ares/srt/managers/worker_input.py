@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from sglang.srt.managers.io_struct import sock_send
 from sglang.srt.utils.network import get_zmq_socket
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,10 @@ class WorkerInput:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self._socket: Any = get_zmq_socket(context, zmq.PUSH, endpoint, True)
         self._endpoint = endpoint
+
+    def put(self, request: Any) -> None:
+        """Send one of upstream's requests."""
+        sock_send(self, request)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._socket, name)

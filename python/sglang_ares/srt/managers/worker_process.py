@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ def leave_ctrl_c_to_the_front() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def nothing() -> None:
+    """A process that only has to start."""
+
+
 def run_worker_process(
     spec: WorkerSpec, port_args: PortArgs, gpu_id: int, tp_rank: int, writer: Connection
 ) -> None:
@@ -29,8 +34,14 @@ def run_worker_process(
 
     from sglang_ares.plugin import hook_worker
     from sglang_ares.srt.managers.scheduler import AresScheduler
+    from sglang_ares.srt.platforms.cpu import transfer_over_interface_of
+    from sglang_ares.srt.predictor.start import predict_lengths
 
+    # Where upstream's KV managers listen; it would look for an address of its own.
+    os.environ.setdefault("SGLANG_HOST_IP", spec.bootstrap_host)
     server_args = spec.server_args
+    if server_args.device == "cpu":
+        transfer_over_interface_of(spec.bootstrap_host)
     server_args.resolve_once()
     if tp_rank == 0:
         resolved = resolution_result(server_args, "disaggregation_transfer_backend")
@@ -38,10 +49,22 @@ def run_worker_process(
         bootstrap_server = get_kv_class(backend, KVClassType.BOOTSTRAP_SERVER)
         bootstrap_server(spec.bootstrap_host, spec.bootstrap_port)
     AresScheduler.spec = spec
+    if spec.profile is not None:
+        from sglang_ares.srt.emulation.device import EmulatedDevice
+        from sglang_ares.srt.emulation.forward import EmulatedForward
+        from sglang_ares.srt.emulation.predictions import EmulatedPredictions
+
+        AresScheduler.emulated = EmulatedDevice(spec.profile, spec.time_dilation)
+        AresScheduler.emulated_predictions = EmulatedPredictions(spec.emulate_predictions)
+        forward = EmulatedForward(AresScheduler.emulated)
+    else:
+        forward = None
+    AresScheduler.predictions = predict_lengths(spec, tp_rank)
     hook_worker(
         AresScheduler,
         overlap=not server_args.disable_overlap_schedule,
         seeded_sampling=spec.seeded_sampling,
+        forward=forward,
     )
     run_scheduler_process(server_args, port_args, gpu_id, tp_rank, 0, None, writer)
 

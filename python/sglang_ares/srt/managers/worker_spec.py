@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sglang_ares.profiles.profile import Profile
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.security.curve import CurveKeys
 
@@ -17,7 +18,10 @@ class WorkerSpec:
     """One worker. ``server_args`` are upstream's, already set to the worker's role;
     ``incarnation`` counts its restarts; ``loads_instance_id`` names the shared memory that
     ``/v1/loads`` reads. The mailbox listens on ``control_bind``; others reach it at
-    ``control_endpoint``."""
+    ``control_endpoint``. ``profile``: what it emulates, if it does, ``time_dilation`` times as
+    slow. On another host than the front's: ``outputs_endpoint`` is where the
+    tokens go, and ``lease`` (shared with the host's process) says until when the worker may live
+    (``managers/lease.py``)."""
 
     worker_id: int
     incarnation: int
@@ -36,3 +40,12 @@ class WorkerSpec:
     fault_injection: bool
     control_bind: str
     curve_keys: CurveKeys | None
+    # A folder with a length head, and where to record hidden states; empty: neither.
+    predictor: str
+    record_states: str
+    correct_drift: bool
+    profile: Profile | None = None
+    time_dilation: float = 1.0
+    emulate_predictions: str = "none"
+    outputs_endpoint: str | None = None
+    lease: Any = None

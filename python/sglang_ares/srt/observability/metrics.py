@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_ares.srt.managers.io_struct import Landed, MigrationResult, WorkerReport
+    from sglang_ares.srt.managers.io_struct import (
+        Landed,
+        MigrationResult,
+        PredictionReport,
+        WorkerReport,
+    )
+    from sglang_ares.srt.managers.role_changes import EndedChange
+    from sglang_ares.srt.policy.types import Remaining
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -20,7 +28,7 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "migrations_total",
         "counter",
         ("cause", "outcome", "reason"),
-        "Migrations by cause (manual, policy, memory), outcome (completed, …) and reason.",
+        "Migrations by cause (manual, policy, memory, drain, role), outcome and reason.",
     ),
     ("migration_seconds", "histogram", (), "Duration of completed migrations, command to end."),
     (
@@ -49,8 +57,68 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Requests retracted because a worker's KV ran out.",
     ),
     ("decode_step_seconds", "gauge", ("worker", "role"), "Mean decode step since last report."),
+    (
+        "decode_step_law_seconds",
+        "gauge",
+        ("worker", "term"),
+        "A worker's step-time law, by term (fixed, per_request, per_token), once it is known.",
+    ),
+    (
+        "length_prior_median_tokens",
+        "gauge",
+        (),
+        "Median output length that the length prior expects of a new request.",
+    ),
     ("imbalance_ratio", "gauge", (), "Most resident tokens of a decode worker over the mean."),
+    (
+        "predictions_total",
+        "counter",
+        ("worker", "generated"),
+        "Predictions of requests that have ended, by the output tokens generated when made.",
+    ),
+    (
+        "prediction_absolute_error_tokens_total",
+        "counter",
+        ("worker", "generated"),
+        "Sum of their absolute errors; divided by predictions_total the MAE.",
+    ),
+    (
+        "prediction_bias_tokens",
+        "gauge",
+        ("worker", "generated"),
+        "Mean of predicted less actual remaining tokens since the worker's start.",
+    ),
+    (
+        "prediction_calibration",
+        "gauge",
+        ("worker", "generated", "quantile"),
+        "Share of lengths at or under the predicted quantile (0.5, 0.9).",
+    ),
+    (
+        "predictions_not_finite_total",
+        "counter",
+        ("worker",),
+        "Outputs of the length head that were no numbers, and were ignored.",
+    ),
     ("worker_losses_total", "counter", ("worker", "role"), "Workers declared dead."),
+    (
+        "role_changes_total",
+        "counter",
+        ("role", "cause", "outcome"),
+        "Changes of a worker's role, by the new role, cause (manual, policy) and outcome.",
+    ),
+    (
+        "role_change_seconds",
+        "histogram",
+        ("role",),
+        "From the decision to service in the new role.",
+    ),
+    (
+        "worker_role_seconds_total",
+        "counter",
+        ("worker", "role"),
+        "Time a worker was ready in each role.",
+    ),
     ("recovered_requests_total", "counter", (), "Requests continued by a further attempt."),
     (
         "dropped_control_frames_total",
@@ -70,9 +138,13 @@ class ControllerMetrics:
         self._model_name = model_name
         self._series: dict[str, Any] = {}
         self._decode_tokens: dict[int, int] = {}
+        # When each worker reported last; nothing while it is down.
+        self._reported_at: dict[int, float] = {}
         # A worker reports its retractions since its start.
         self._retracted: dict[int, int] = {}
         self._dropped: dict[str, int] = {}
+        # What each worker has reported of its predictions since its start.
+        self._predictions: dict[tuple[int, str], float] = {}
         for name, kind, labels, text in SERIES:
             full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
             if kind == "counter":
@@ -116,6 +188,10 @@ class ControllerMetrics:
         """A worker reported its load."""
         load = report.load
         where: dict[str, str | int] = {"worker": load.worker_id, "role": load.role}
+        now = time.monotonic()
+        since = self._reported_at.get(load.worker_id, now)
+        self._reported_at[load.worker_id] = now
+        self._of("worker_role_seconds_total", **where).inc(now - since)
         self._of("worker_kv_tokens", **where).set(load.kv_tokens)
         self._of("worker_kv_capacity_tokens", **where).set(load.kv_capacity)
         self._of("worker_running_requests", **where).set(load.running)
@@ -125,16 +201,61 @@ class ControllerMetrics:
         self._retracted[load.worker_id] = report.retracted
         self._of("retractions_total", **where).inc(new)
         self._of("decode_step_seconds", **where).set(report.decode_step_ms / 1e3)
+        if load.step is not None:
+            for term in ("fixed", "per_request", "per_token"):
+                law = self._of("decode_step_law_seconds", worker=load.worker_id, term=term)
+                law.set(getattr(load.step, f"{term}_ms") / 1e3)
         self.dropped(f"worker-{report.worker_id}", report.dropped_frames)
+        if report.predictions is not None:
+            self._predicted(load.worker_id, report.predictions)
         if load.role == "decode":
             self._decode_tokens[load.worker_id] = load.kv_tokens
             mean = sum(self._decode_tokens.values()) / len(self._decode_tokens)
             ratio = max(self._decode_tokens.values()) / mean if mean else 1.0
             self._of("imbalance_ratio").set(ratio)
 
+    def _predicted(self, worker: int, report: PredictionReport) -> None:
+        self._count("predictions_not_finite_total", report.not_finite, worker=worker)
+        for at, sums in report.errors.items():
+            where = {"worker": worker, "generated": at}
+            self._count("predictions_total", sums.predictions, **where)
+            self._count("prediction_absolute_error_tokens_total", sums.absolute, **where)
+            n = max(sums.predictions, 1)
+            self._of("prediction_bias_tokens", **where).set(sums.signed / n)
+            for level, under in (("0.5", sums.under_median), ("0.9", sums.under_high)):
+                self._of("prediction_calibration", quantile=level, **where).set(under / n)
+
+    def _count(self, name: str, total: float, *, worker: int, **labels: int) -> None:
+        """Bring a counter to a worker's ``total``; less than before: it was started anew."""
+        key = (worker, f"{name} {labels}")
+        before = self._predictions.get(key, 0.0)
+        self._predictions[key] = total
+        self._of(name, worker=worker, **labels).inc(total - before if total >= before else total)
+
+    def predicted(self, of_new: Remaining | None) -> None:
+        """What is expected of a new request."""
+        if of_new is not None:
+            self._of("length_prior_median_tokens").set(of_new[1])
+
     def worker_lost(self, worker: int, role: str) -> None:
         """A worker was declared dead."""
+        self._reported_at.pop(worker, None)
         self._of("worker_losses_total", worker=worker, role=role).inc()
+
+    def role_change_ended(self, ended: EndedChange) -> None:
+        """A worker has changed its role, or has not."""
+        self._of(
+            "role_changes_total", role=ended.role, cause=ended.cause, outcome=ended.outcome
+        ).inc()
+        if ended.reason:
+            return
+        self._of("role_change_seconds", role=ended.role).observe(ended.seconds)
+        # What it was is history; a gauge would show its last value for ever.
+        was: dict[str, str | int] = {"worker": ended.worker, "role": ended.old_role}
+        for name in ("worker_kv_tokens", "worker_kv_capacity_tokens", "worker_running_requests",
+                     "worker_queued_requests", "decode_step_seconds"):  # fmt: skip
+            self._of(name, **was).set(0)
+        self._decode_tokens.pop(ended.worker, None)
 
     def recovered(self) -> None:
         """A request goes on by a further attempt."""
@@ -163,7 +284,11 @@ class _NoMetrics(ControllerMetrics):
 
     def reported(self, report: WorkerReport) -> None: ...
 
+    def predicted(self, of_new: Remaining | None) -> None: ...
+
     def worker_lost(self, worker: int, role: str) -> None: ...
+
+    def role_change_ended(self, ended: EndedChange) -> None: ...
 
     def recovered(self) -> None: ...
 

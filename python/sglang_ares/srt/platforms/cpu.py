@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import ipaddress
 import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import torch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,18 @@ def give_cores_to_ranks(tp_size: int) -> None:
     shares = [cores[rank::tp_size] or [cores[rank % len(cores)]] for rank in range(tp_size)]
     named = "|".join(",".join(map(str, share)) for share in shares)
     os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", named)
+
+
+def transfer_over_interface_of(address: str) -> None:
+    """Have KV transfers use the network interface with this address, unless the operator has named
+    another. UCX would take any, one that other hosts cannot reach among them; it uses neither
+    bridges nor needs help with loopback."""
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        is_bridge = Path(f"/sys/class/net/{name}/bridge").exists()
+        if not is_bridge and any(a.address.split("%")[0] == address for a in addresses):
+            os.environ.setdefault("UCX_NET_DEVICES", name)
 
 
 def accelerator_present() -> bool:

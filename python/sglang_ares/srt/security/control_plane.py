@@ -38,7 +38,9 @@ class Endpoint:
 class ControlPlane:
     """``front``: the controller's ROUTER, for queries (and for workers that want to join).
     ``controller``: its mailbox, for reports. ``ledger``: the token ledger's, always local.
-    ``workers``: mailboxes by worker id. ``ports``: the TCP ports among them."""
+    ``workers``: mailboxes by worker id. ``ports``: the TCP ports among them. ``outputs``: where
+    the tokens of workers on other hosts arrive (None: the sockets are files, nobody can join).
+    ``host``: the address of this host for KV transfers."""
 
     runtime_dir: str
     front: Endpoint
@@ -46,6 +48,8 @@ class ControlPlane:
     workers: tuple[Endpoint, ...]
     keys: CurveKeys | None
     ports: tuple[int, ...] = ()
+    outputs: Endpoint | None = None
+    host: str = _LOOPBACK
 
     @property
     def ledger(self) -> Endpoint:
@@ -85,15 +89,17 @@ class ControlPlane:
             names = ["front", "controller", *(f"worker-{i}" for i in range(workers))]
             endpoints = [Endpoint(e, e) for e in (f"ipc://{folder}/{name}" for name in names)]
             return cls(folder, endpoints[0], endpoints[1], tuple(endpoints[2:]), keys)
-        ports = _tcp_ports(ares_args, address, 2 + workers)
+        ports = _tcp_ports(ares_args, address, 3 + workers)
         reached = str(address)
         if address.is_unspecified:
             from sglang.srt.utils.network import get_local_ip_auto
 
             reached = get_local_ip_auto(fallback=_LOOPBACK)
-        endpoints = [Endpoint(_tcp(str(address), p), _tcp(reached, p)) for p in ports]
+        front, controller, *own, outputs = [
+            Endpoint(tcp_endpoint(str(address), p), tcp_endpoint(reached, p)) for p in ports
+        ]
         folder = tempfile.mkdtemp(prefix="sglang-ares-")
-        return cls(folder, endpoints[0], endpoints[1], tuple(endpoints[2:]), keys, tuple(ports))
+        return cls(folder, front, controller, tuple(own), keys, tuple(ports), outputs, host=reached)
 
 
 def private_port_args(server_args: ServerArgs, runtime_dir: str) -> PortArgs:
@@ -153,5 +159,6 @@ def _resolve(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
         ) from None
 
 
-def _tcp(host: str, port: int) -> str:
+def tcp_endpoint(host: str, port: int) -> str:
+    """ZMQ's notation."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

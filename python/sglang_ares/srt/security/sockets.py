@@ -47,7 +47,7 @@ class BoundSocket:
         self.socket.setsockopt(zmq.IPV6, "[" in endpoint)
         if keys is not None:
             keys.apply_server(self.socket)
-        self._monitor = _handshake_monitor(context, self.socket)
+        self._monitor = _monitor(context, self.socket, _REFUSED_HANDSHAKES)
         self.socket.bind(endpoint)
 
     def receive(self, parts: int, limit: int) -> list[list[bytes]]:
@@ -101,12 +101,37 @@ def connected_socket(
     return socket
 
 
-def _handshake_monitor(
-    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]
+class LossWatch:
+    """Whether the connection of a socket was lost after it had stood: then messages may be lost,
+    too, and ZMQ, which connects again, says nothing. One thread may ask."""
+
+    def __init__(self, context: zmq.Context[Any], socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._monitor = _monitor(context, socket, zmq.EVENT_DISCONNECTED)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was lost since the last question."""
+        lost = False
+        while True:
+            try:
+                self._monitor.recv_multipart(flags=zmq.NOBLOCK)
+            except zmq.Again:
+                return lost
+            lost = True
+
+    def close(self) -> None:
+        """Before the socket is closed."""
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+
+
+def _monitor(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], events: int
 ) -> zmq.Socket[bytes]:
     """The socket's events. Unbounded, or ZMQ's own thread would wait for whoever reads them."""
-    name = f"inproc://handshakes-{next(_monitors)}"
-    socket.monitor(name, _REFUSED_HANDSHAKES)
+    name = f"inproc://events-{next(_monitors)}"
+    socket.monitor(name, events)
     monitor = context.socket(zmq.PAIR)
     monitor.setsockopt(zmq.RCVHWM, 0)
     monitor.connect(name)
