@@ -67,6 +67,10 @@ test-integration: $(READY) ## tests with real workers
 	@echo "== integration tests"
 	@$(PYTEST) test/integration $(PYTEST_ARGS) $(NONE_SELECTED_IS_FINE)
 
+.PHONY: test-exactness
+test-exactness: $(READY) ## 275 requests, each moved three times, against unmoved ones (a third of it is in make test)
+	@$(PYTEST) test/integration/test_exactness.py --full $(PYTEST_ARGS)
+
 .PHONY: soak
 soak: $(READY) ## five minutes of random faults under load; moves only: ARGS="--faults none --moves 1000"
 	@PYTHONPATH=test $(PY) test/soak.py $(ARGS)

@@ -9,6 +9,11 @@ import pytest
 from integration.servers import Server, start_server, stop_server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--full``: the sizes that an acceptance asks for, where the usual ones are smaller."""
+    parser.addoption("--full", action="store_true", help="long runs at their full size")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The shared cluster; tests move requests themselves, so no policy does."""

@@ -1,9 +1,15 @@
-"""Moved requests answer exactly as unmoved ones: tokens, text, log-probabilities, usage."""
+"""Moved requests answer exactly as unmoved ones: tokens, text, log-probabilities, usage.
+
+A third of the requests, with shorter outputs, by default; all 275 with ``--full`` (``make
+test-exactness``).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,14 +21,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 MOVES_EACH = 3
 LOGPROB_TOLERANCE = 1e-4
-AT_ONCE = 6
+AT_ONCE = 8
+# Of the requests that could be moved often enough: some end early, by themselves.
+MOVED_SHARE = 0.7
 
 _SCHEMA = json.dumps(
     {
         "type": "object",
         "properties": {
             "name": {"type": "string", "minLength": 20, "maxLength": 60},
-            "values": {"type": "array", "items": {"type": "integer"}, "minItems": 120},
+            "values": {"type": "array", "items": {"type": "integer"}, "minItems": 60},
             "ok": {"type": "boolean"},
         },
         "required": ["name", "values", "ok"],
@@ -45,7 +53,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
         {},
     ),
-    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 700}, {}),
+    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 300}, {}),
     "stop_string": (15, {"temperature": 1.0, "stop": ["77 7 7", "0 0 0 0"]}, {}),
     "stop_token_ids": (
         10,
@@ -66,16 +74,32 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "n_2": (10, {"temperature": 1.0, "n": 2}, {}),
     "json_schema": (15, {"temperature": 1.0, "json_schema": _SCHEMA}, {}),
 }
-MIN_TOKENS = 800
 
 
-def bodies() -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Size:
+    """``share``: of each family's requests; ``tokens``: least output of those that do not end by
+    themselves, which must leave time for the moves."""
+
+    share: float
+    tokens: int
+
+
+FULL, SHORT = Size(share=1.0, tokens=800), Size(share=1 / 3, tokens=360)
+
+
+@pytest.fixture(scope="module")
+def size(request: pytest.FixtureRequest) -> Size:
+    return FULL if request.config.getoption("--full") else SHORT
+
+
+def bodies(size: Size) -> dict[str, dict[str, Any]]:
     """The requests of all families, by rid."""
     requests: dict[str, dict[str, Any]] = {}
     for family, (count, sampling, fields) in FAMILIES.items():
-        for i in range(count):
+        for i in range(math.ceil(size.share * count)):
             params = {
-                "max_new_tokens": MIN_TOKENS + 13 * (i % 8),
+                "max_new_tokens": size.tokens + 13 * (i % 8),
                 "sampling_seed": 1000 + i,
                 # Stop conditions and grammars end a request by themselves.
                 "ignore_eos": family not in ("stop_string", "stop_token_ids", "json_schema"),
@@ -104,15 +128,16 @@ def logprob_values(meta: dict[str, Any]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(server: Server) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def runs(server: Server, size: Size) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Answers without moves, answers with moves, and the log of moves."""
+    requests = bodies(size)
     unmoved, _ = asyncio.run(
-        run_all(server.url, {f"{r}-ref": b for r, b in bodies().items()}, at_once=AT_ONCE)
+        run_all(server.url, {f"{r}-ref": b for r, b in requests.items()}, at_once=AT_ONCE)
     )
     moved, log = asyncio.run(
         run_all(
             server.url,
-            bodies(),
+            requests,
             at_once=AT_ONCE,
             move_on=server.decode_workers(),
             moves_wanted=MOVES_EACH,
@@ -121,7 +146,7 @@ def runs(server: Server) -> tuple[dict[str, Any], dict[str, Any], Any]:
     return {r.removesuffix("-ref"): a for r, a in unmoved.items()}, moved, log
 
 
-def test_every_request_was_moved_often_enough(runs: Any) -> None:
+def test_every_request_was_moved_often_enough(runs: Any, size: Size) -> None:
     """Requests that lived long enough were moved at least three times each."""
     _, moved, log = runs
     short = [
@@ -129,10 +154,10 @@ def test_every_request_was_moved_often_enough(runs: Any) -> None:
         for rid, answer in moved.items()
         if "n_2" not in rid
         and log.completed[rid] < MOVES_EACH
-        and answer["meta_info"]["completion_tokens"] >= MIN_TOKENS
+        and answer["meta_info"]["completion_tokens"] >= size.tokens
     ]
     thrice = sum(1 for moves in log.completed.values() if moves >= MOVES_EACH)
-    assert thrice >= 200, (thrice, log.outcomes, log.reasons, short)
+    assert thrice >= MOVED_SHARE * len(moved), (thrice, log.outcomes, log.reasons, short)
     assert not log.outcomes["failed"], log.outcomes
 
 
