@@ -5,56 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from sglang_ares.srt.security.control_plane import free_ports
+from sglang_ares.bench.server import running_server as server_with
 
-START_TIMEOUT_S = 600
-
-
-@contextlib.contextmanager
-def running_server(log: Path, *flags: str) -> Iterator[str]:
-    """A cluster of one prefill and two decode workers; its URL. Ended when the block is left."""
-    port = free_ports(1)[0]
-    command = [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port)]
-    command += ["--ares-rescheduling=none", "--ares-report-interval=0.05", "--log-level=info"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start; see {log}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait(10)
+# Nothing moves but what the benchmark moves; loads are fresh.
+STILL = ("--ares-rescheduling=none", "--ares-report-interval=0.05", "--log-level=info")
 
 
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
+def running_server(log: Path, *flags: str) -> AbstractContextManager[str]:
+    """A cluster of one prefill and two decode workers, unless ``flags`` say otherwise; its URL.
+    Ended when the block is left."""
+    return server_with(log, *STILL, *flags)
 
 
 @dataclass

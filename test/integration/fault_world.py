@@ -15,7 +15,7 @@ import httpx
 from integration.servers import Server
 
 PROMPTS = [f"walk {n}\n" for n in (9, 14, 19, 24)]
-TOKENS = 500
+TOKENS = 320
 NO_KEEPALIVE = httpx.Limits(max_keepalive_connections=0)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+# Upstream imports every model it knows before it loads one: five seconds of a worker's start.
+import sglang.srt.models.registry  # noqa: F401
 from sglang.srt.utils import kill_itself_when_parent_died
 
 import sglang_ares.srt.managers.scheduler
