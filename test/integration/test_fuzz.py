@@ -35,7 +35,7 @@ MESSAGES: list[type[Message]] = [
 # are sent too, but name nothing that exists.
 NOT_MUTATED = {"ConnectPeers", "WorkerReport", "PeerDied", "DrainQuery"}
 # Orders that would rightly be obeyed if they named a worker that exists.
-NAME_NOBODY = (io_struct.PeerDied, io_struct.DrainQuery)
+NAME_NOBODY = (io_struct.PeerDied, io_struct.DrainQuery, io_struct.RoleQuery, io_struct.ChangeRole)
 
 
 class Fuzzer(threading.Thread):

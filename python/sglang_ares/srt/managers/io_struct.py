@@ -108,9 +108,11 @@ class Resume(Message, frozen=True, kw_only=True):
 
 class ChangeRole(Message, frozen=True, kw_only=True):
     """Become a worker of ``role`` as soon as nothing is left to do; answer with
-    ``RoleChanged``."""
+    ``RoleChanged``. Only the worker that it names obeys."""
 
     change_id: SequenceId
+    worker_id: WorkerId
+    incarnation: Count
     role: Role
 
 

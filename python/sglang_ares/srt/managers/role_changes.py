@@ -221,7 +221,12 @@ class RoleChanges:
         elif not left:
             change.state = ChangeState.SWITCHING
             change.emptied_at = now
-            order = ChangeRole(change_id=change.change_id, role=change.role)
+            order = ChangeRole(
+                change_id=change.change_id,
+                worker_id=change.worker_id,
+                incarnation=view.incarnation,
+                role=change.role,
+            )
             self._host.tell(change.worker_id, order)
         elif now - change.started_at > self._timeout_s:
             self._end(

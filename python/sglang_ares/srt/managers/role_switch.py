@@ -38,7 +38,13 @@ class RoleSwitch:
         return self._order is not None
 
     def order(self, order: ChangeRole, now: float) -> None:
-        """The controller wants this worker to change."""
+        """The controller wants this worker to change; an order that names another is dropped."""
+        agent = self._scheduler.ares
+        if (order.worker_id, order.incarnation) != (agent.worker_id, agent.incarnation):
+            agent.dropped.count(
+                f"ChangeRole: it is for worker {order.worker_id}, start {order.incarnation}"
+            )
+            return
         self._order = order
         self._deadline = now + self._patience_s
 

@@ -69,7 +69,7 @@ class WorkerAgent:
     def __init__(self, spec: WorkerSpec, *, speaks: bool) -> None:
         self.worker_id = spec.worker_id
         self.role = spec.role
-        self._incarnation = spec.incarnation
+        self.incarnation = spec.incarnation
         self.speaks = speaks
         self._interval_s = spec.report_interval_s
         self._decoder = Decoder(WorkerInbound)
@@ -291,7 +291,7 @@ class WorkerAgent:
         self.report(
             WorkerReport(
                 worker_id=self.worker_id,
-                incarnation=self._incarnation,
+                incarnation=self.incarnation,
                 load=self._load(scheduler, now, step_ms),
                 finished=finished,
                 ended_lengths=self._ended_lengths,
