@@ -156,7 +156,10 @@ def test_transfer_error(world: FaultWorld, chunk: int) -> None:
             target = next(w["id"] for w in ready["decode"] if w["id"] != source)
             await world.arm(client, source, f"source:chunk:{chunk}", action="fail")
             move = {"rid": stream.rid, "target": target}
-            answer = await client.post("/ares/migrate", json=move, timeout=60)
+            for _ in range(5):  # a slow machine may let the request outgrow what was offered
+                answer = await client.post("/ares/migrate", json=move, timeout=60)
+                if answer.json()["outcome"] != "cancelled":
+                    break
             assert answer.json()["outcome"] == "failed", answer.text
             assert await world.worker_of(client, stream.rid) == source
             await task
