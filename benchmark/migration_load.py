@@ -28,6 +28,7 @@ def running_server(log: Path, *flags: str) -> Iterator[str]:
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port)]
     command += ["--ares-rescheduling=none", "--ares-report-interval=0.05", "--log-level=info"]
+    command += ["--ares-profile-cache=off"]
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
