@@ -126,16 +126,31 @@ def test_reports_refresh_and_a_restarted_worker_begins_with_them(
     assert keeper.source == "cache" and keeper.for_worker() == LAWS
     keeper.on_report(report(state, D2, (10,), step=STEP_LAW))
     assert keeper.current == LAWS, "what it was given is no news"
-    own = StepTime(fixed_ms=20.0, per_request_ms=0.0, per_token_ms=0.0)
+    own = StepTime(fixed_ms=20.0, per_request_ms=1.0, per_token_ms=0.0)
     keeper.on_report(report(state, D2, (10,), step=own))
     assert keeper.current.decode == own, "a worker that has found nothing does not dilute it"
-    other = StepTime(fixed_ms=40.0, per_request_ms=0.0, per_token_ms=0.0)
+    other = StepTime(fixed_ms=40.0, per_request_ms=3.0, per_token_ms=0.0)
     keeper.on_report(report(state, D3, (10,), step=other))
-    assert keeper.current.decode == StepTime(fixed_ms=30.0, per_request_ms=0.0, per_token_ms=0.0)
+    assert keeper.current.decode == StepTime(fixed_ms=30.0, per_request_ms=2.0, per_token_ms=0.0)
     keeper.on_report(report(state, P0, (10,), prefill_law=(1.0, 2.0, 3.0)))
     assert keeper.for_worker() == keeper.current
     keeper.on_report(report(state, D3, (10,), step=keeper.current.decode))
-    assert keeper.current.decode == StepTime(fixed_ms=30.0, per_request_ms=0.0, per_token_ms=0.0)
+    assert keeper.current.decode == StepTime(fixed_ms=30.0, per_request_ms=2.0, per_token_ms=0.0)
+
+
+def test_laws_from_one_length_or_load_are_not_kept(state: ClusterState) -> None:
+    """Prompts of 8 tokens say nothing of 8,000, and the next start is to measure."""
+    keeper = LawKeeper(None)
+    fit = PrefillTimeFit()
+    for _ in range(9):
+        fit.observe([(0, 8)], 40.0)
+    law = fit.law()
+    assert law is not None and law.ms(8000) == pytest.approx(40_000.0), "in proportion, no square"
+    told = (law.fixed_ms, law.per_token_ms, law.per_square_ms)
+    keeper.on_report(report(state, P0, prefill_law=told))
+    constant = StepTime(fixed_ms=20.0, per_request_ms=0.0, per_token_ms=0.0)
+    keeper.on_report(report(state, D2, (10,), step=constant))
+    assert keeper.current == Laws()
 
 
 def test_laws_of_a_role_that_a_worker_has_not_are_left_alone(state: ClusterState) -> None:
@@ -233,8 +248,8 @@ def test_a_prior_decides_what_batches_that_are_alike_leave_open() -> None:
         blind.observe([(0, 100)], PREFILL_LAW.ms(100))
     found, guessed = fit.law(), blind.law()
     assert found is not None and guessed is not None
-    assert found.ms(4000) == pytest.approx(PREFILL_LAW.ms(4000), rel=0.01)
-    assert abs(guessed.ms(4000) / PREFILL_LAW.ms(4000) - 1) > 0.1
+    assert found.ms(1000) == pytest.approx(PREFILL_LAW.ms(1000), rel=0.01)
+    assert abs(guessed.ms(1000) / PREFILL_LAW.ms(1000) - 1) > 0.1
 
 
 def test_own_prompts_outweigh_a_wrong_prior() -> None:

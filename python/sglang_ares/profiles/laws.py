@@ -69,6 +69,17 @@ class Laws(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return prefill + ([self.decode.ms(n, t) for n, t in _LOADS] if self.decode else [])
 
 
+def tells_of_length(law: PrefillTime) -> bool:
+    """Whether a prefill law is from prompts of several lengths; those of one make it
+    proportional."""
+    return sum(c > 0 for c in (law.fixed_ms, law.per_token_ms, law.per_square_ms)) > 1
+
+
+def tells_of_load(law: StepTime) -> bool:
+    """Whether a step law is from several loads; one makes it a constant."""
+    return law.per_request_ms > 0 or law.per_token_ms > 0
+
+
 NO_LAWS = Laws()
 
 

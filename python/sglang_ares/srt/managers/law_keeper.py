@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sglang_ares.profiles.laws import OFF, LawFile, Laws
+from sglang_ares.profiles.laws import OFF, LawFile, Laws, tells_of_length, tells_of_load
 from sglang_ares.profiles.profile import PrefillTime
 from sglang_ares.srt.policy.step_law import mean_law
 from sglang_ares.srt.policy.types import DECODE, PREFILL, StepTime
@@ -59,13 +59,16 @@ class LawKeeper:
         return self.current
 
     def on_report(self, report: WorkerReport) -> None:
-        """A worker of this host's; those of other hosts may be of another kind."""
+        """A worker of this host's; those of other hosts may be of another kind. A law from one
+        length or load only is good for what it was found from, and is not kept."""
         prefill, decode = self.current.prefill, self.current.decode
         if report.prefill_law is not None and report.load.role == PREFILL:
             fixed, per_token, per_square = report.prefill_law
-            prefill = PrefillTime(fixed_ms=fixed, per_token_ms=per_token, per_square_ms=per_square)
+            told = PrefillTime(fixed_ms=fixed, per_token_ms=per_token, per_square_ms=per_square)
+            prefill = told if tells_of_length(told) else prefill
         step = report.load.step
-        if step is not None and report.load.role == DECODE and step not in self._given:
+        news = step is not None and step not in self._given and tells_of_load(step)
+        if step is not None and news and report.load.role == DECODE:
             self._decode[report.worker_id] = step
             decode = mean_law(list(self._decode.values()))
         self.current = Laws(prefill=prefill, decode=decode)

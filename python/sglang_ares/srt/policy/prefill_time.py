@@ -22,6 +22,9 @@ _MOST_CELLS = 64
 _LEAST_BATCHES = 5
 # A law holds for so many batches before it is fitted again; one from few batches for fewer.
 _REFIT_AFTER = 10
+# While the largest batch is not so many times the smallest, the law is proportional to the tokens:
+# all to the square of some short prompts would make long ones take minutes.
+_LEAST_RANGE = 4.0
 # Prompt lengths at which an earlier law has a say, and how much of one next to a cell's: enough to
 # decide what batches that are alike leave open, too little to bend what they tell.
 _PRIOR_TOKENS = (64, 512, 4096)
@@ -64,6 +67,8 @@ class PrefillTimeFit:
             tokens, squares, ms, weight = np.concatenate([cells, self._prior]).T
             features = np.stack([np.ones_like(ms), tokens, squares], axis=1)
             features *= (weight / ms)[:, None]
+            if tokens.max() < _LEAST_RANGE * tokens.min():
+                features[:, [0, 2]] = 0.0
             fixed, per_token, per_square = not_negative(features, weight).tolist()
             self._law = PrefillTime(
                 fixed_ms=fixed, per_token_ms=per_token, per_square_ms=per_square
