@@ -550,6 +550,7 @@ HOLDS: dict[str, tuple[str, ...]] = {
     "front": ("server_args.PortArgs",),
     "w.port_args": ("server_args.PortArgs",),
     "tokenizer_manager": ("managers.tokenizer_manager.TokenizerManager",),
+    "tokenizer_manager.model_config": ("configs.model_config.ModelConfig",),
     "scheduler.ipc_channels": ("managers.scheduler_components.ipc_channels.SchedulerIpcChannels",),
     "scheduler.ipc_channels.send_to_tokenizer": (
         "managers.scheduler_components.output_sender.SenderWrapper",
