@@ -44,6 +44,7 @@ def start_ares(processes: Processes, model: str, decode_workers: int) -> Arm:
         *("--port", str(port), "--max-total-tokens", str(MAX_TOKENS)),
         *("--ares-decode-workers", str(decode_workers)),
         *("--ares-placement", "round_robin", "--ares-rescheduling", "none"),
+        *("--ares-profile-cache", "off"),
     )
     wait_for("ARES", f"http://127.0.0.1:{port}/health")
     return Arm("ares", port)

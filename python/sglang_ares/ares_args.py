@@ -12,6 +12,7 @@ from sglang_ares.srt.policy import elastic, placement, rescheduling  # noqa: F40
 from sglang_ares.srt.policy.elastic.decisions import ROLES
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 
+PROFILE_AT_START = ("auto", "off")
 EMULATED_PREDICTIONS = ("none", "noisy", "true")
 # Durations that belong to what is emulated; timeouts are the host's.
 _POLICY_TIMES = (
@@ -151,6 +152,18 @@ class AresArgs:
         "Time to the first token that requests are promised; see --ares-roles. 0: none.",
         metavar="MS",
     )
+    profile_cache: str = _flag(
+        "~/.cache/sglang-ares/profiles",
+        "Keep measured prefill and decode times in this directory, a file for each model, hardware "
+        "and set of flags, so that the next start knows them. off: keep none.",
+        metavar="DIR",
+    )
+    profile_at_start: str = _flag(
+        "auto",
+        "auto: a server whose roles are elastic and whose times are not known measures them with "
+        "a few seconds of requests of its own before it serves. off: it learns while serving.",
+        choices=PROFILE_AT_START,
+    )
     role_emptying: str = _flag(
         "migrate",
         "How a decode worker that is to prefill gets rid of its requests: they are moved to the "
@@ -278,6 +291,8 @@ class AresArgs:
                 f"--ares-roles {self.roles} weighs loads against what requests are promised; set "
                 "--ares-ttft-slo-ms and --ares-tpot-slo-ms."
             )
+        if not self.profile_cache.strip():
+            raise AresArgsError("--ares-profile-cache is empty; name a directory, or off.")
         if not 0 < self.migration_memory_share <= 1:
             raise AresArgsError(
                 f"--ares-migration-memory-share is {self.migration_memory_share}; "
@@ -290,6 +305,7 @@ class AresArgs:
             ("decode_radix_cache", ("on", "off")),
             ("emulate_predictions", EMULATED_PREDICTIONS),
             ("role_emptying", ("migrate", "wait")),
+            ("profile_at_start", PROFILE_AT_START),
             ("roles", ROLES.names()),
         ):
             value = getattr(self, name)

@@ -19,6 +19,7 @@ from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.emulation.settings import announce, emulated_server_args, profile_of
 from sglang_ares.srt.entrypoints.front_client import FrontClient
+from sglang_ares.srt.entrypoints.measure import measure_if_needed
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_detokenizer
 from sglang_ares.srt.platforms.cpu import (
@@ -151,7 +152,17 @@ class Engine(UpstreamEngine):
         self.run_detokenizer_process_func = detokenizer_of(server_args)
         super().__init__(server_args=server_args)
         control = control_plane_of(self.server_args)
-        self._client = FrontClient(control.front.connect, keys=control.keys)
+        self._client = FrontClient(
+            control.front.connect,
+            keys=control.keys,
+            attainment=self.tokenizer_manager.attainment,
+        )
+        if not _within_a_loop():
+            self._run(
+                measure_if_needed(
+                    self._client, self.tokenizer_manager, ares_args_of(self.server_args)
+                )
+            )
 
     @classmethod
     def _launch_subprocesses(cls, server_args: ServerArgs, **kwargs: Any) -> Any:
@@ -249,3 +260,12 @@ class Engine(UpstreamEngine):
     def _run(self, coroutine: Any) -> Any:
         loop: asyncio.AbstractEventLoop = self.loop
         return loop.run_until_complete(coroutine)
+
+
+def _within_a_loop() -> bool:
+    """Whether the caller runs in an event loop, where nothing can be waited for."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

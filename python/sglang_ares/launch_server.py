@@ -108,6 +108,7 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
     from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
     from sglang_ares.srt.entrypoints.front_client import FrontClient
     from sglang_ares.srt.entrypoints.leaving import RefuseWhileLeaving
+    from sglang_ares.srt.entrypoints.measure import measure_before_serving, measure_if_needed
 
     check_port(server_args.host, server_args.port)
     server_args = prepare_server_args(server_args, ares_args)
@@ -121,8 +122,11 @@ def launch_server(server_args: ServerArgs, ares_args: AresArgs) -> None:
             run_detokenizer_process_func=detokenizer_of(server_args),
         )
     )
-    client = FrontClient(control.front.connect, keys=control.keys)
+    client = FrontClient(
+        control.front.connect, keys=control.keys, attainment=tokenizer_manager.attainment
+    )
     add_ares_routes(app, client)
+    measure_before_serving(app, lambda: measure_if_needed(client, tokenizer_manager, ares_args))
     app.add_middleware(
         RefuseWhileLeaving, is_leaving=lambda: bool(tokenizer_manager.gracefully_exit)
     )

@@ -58,6 +58,7 @@ def main() -> None:
 
     with Engine(
         ares_decode_workers=2,
+        ares_profile_cache="off",
         ares_rescheduling="none",
         ares_report_interval=0.05,
         ares_predictor=head,

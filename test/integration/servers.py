@@ -50,6 +50,8 @@ class Server:
 def start_server(log: Path, *flags: str) -> tuple[subprocess.Popen[bytes], Server]:
     """Start ``python -m sglang_ares.launch_server`` and wait until it answers."""
     port = free_ports(1)[0]
+    # What one server has measured is not to change the next one's decisions.
+    flags = ("--ares-profile-cache=off", *flags)
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port), *flags],

@@ -74,7 +74,7 @@ def test_engine_leaves_no_process_behind(tmp_path: Path) -> None:
             from sglang_ares import Engine
 
             def main():
-                with Engine(ares_decode_workers=1) as engine:
+                with Engine(ares_decode_workers=1, ares_profile_cache="off") as engine:
                     answer = engine.generate("sort 9 3 5\\n", {"temperature": 0})
                     assert answer["meta_info"]["finish_reason"]["type"] == "stop", answer
                     workers = engine.ares_status()["workers"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -195,3 +198,62 @@ def test_a_worker_is_killed_right_after(world: FaultWorld) -> None:
             await world.assert_balanced(client)
 
     asyncio.run(scenario())
+
+
+def _streams(server: Server, count: int) -> None:
+    """Requests one after the other, as their clients see them come."""
+    body = {
+        "text": "walk 12\n",
+        "stream": True,
+        "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
+    }
+    for _ in range(count):
+        with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=120) as answer:
+            assert answer.status_code == 200
+            assert any(line.startswith("data:") for line in answer.iter_lines())
+
+
+def _attainment(server: Server, labels: str) -> float:
+    """The gauge, by labels; it is shown once a second."""
+    time.sleep(2)
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    series = (x for x in text.splitlines() if x.startswith("sglang_ares:slo_attainment{"))
+    (line,) = (x for x in series if labels in x)
+    return float(line.split()[-1])
+
+
+def test_an_elastic_server_measures_at_start_and_the_next_one_knows(tmp_path: Path) -> None:
+    """The first start of a model on this hardware sends requests of its own and keeps what they
+    showed; the second reads it. Users' streams, and nothing else, count as promises."""
+    flags = (
+        "--ares-decode-workers=1",
+        "--ares-roles=ares",
+        "--ares-ttft-slo-ms=60000",
+        "--ares-tpot-slo-ms=0.001",
+        "--ares-worker-timeout=20",
+        f"--ares-profile-cache={tmp_path / 'profiles'}",
+        "--enable-metrics",
+        "--log-level=info",
+    )
+    process, server = start_server(tmp_path / "first.log", *flags)
+    try:
+        status = server.status()
+        assert status["profile"]["source"] == "none"
+        assert status["profile"]["prefill"] and status["profile"]["decode"]
+        assert status["slo"]["windows"]["60"]["requests"] == 0
+        assert status["length_prior"]["seen"] <= 1, "upstream's warm-up at most"
+        _streams(server, 3)
+        window = server.status()["slo"]["windows"]["600"]
+        assert window == {"requests": 3, "ttft": 1.0, "tpot": 0.0, "both": 0.0}
+        assert _attainment(server, 'slo="ttft",window="600"') == 1.0
+        (file,) = (tmp_path / "profiles").iterdir()
+        assert json.loads(file.read_text())["laws"]["prefill"]
+    finally:
+        stop_server(process)
+    process, server = start_server(tmp_path / "second.log", *flags)
+    try:
+        profile = server.status()["profile"]
+        assert profile["source"] == "cache" and profile["file"] == str(file)
+        assert profile["prefill"]
+    finally:
+        stop_server(process)

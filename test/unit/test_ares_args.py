@@ -44,6 +44,8 @@ def test_defaults_on_the_command_line_are_those_of_the_class() -> None:
 
 
 OTHER_VALUES: dict[str, Any] = {
+    "profile_cache": "off",
+    "profile_at_start": "off",
     "placement": "round_robin",
     "rescheduling": "none",
     "migration_memory_share": 0.25,
@@ -411,3 +413,11 @@ def test_an_error_ends_the_command_with_status_2(
     assert launch_server.main(["--ares-decode-workers", "0"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --ares-decode-workers is 0") and "Traceback" not in error
+
+
+def test_where_profiles_are_kept() -> None:
+    assert parsed("--ares-profile-cache", "off").profile_cache == "off"
+    with pytest.raises(AresArgsError, match="--ares-profile-cache is empty; name a directory"):
+        AresArgs(profile_cache=" ")
+    with pytest.raises(AresArgsError, match="--ares-profile-at-start is 'always'"):
+        AresArgs(profile_at_start="always")

@@ -31,6 +31,7 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     WorkerInbound,
 )
+from sglang_ares.srt.managers.law_keeper import LawKeeper
 from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mover import Mover
 from sglang_ares.srt.managers.role_changes import RoleChanges
@@ -105,6 +106,7 @@ class Controller(AresController):
             predictions,
             self.roles,
             self.planner,
+            LawKeeper(None),
             args,
             "/run",
             [],

@@ -27,6 +27,7 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
         "docs/migration.md",
         "docs/security.md",
         "docs/simulator.md",
+        "docs/elastic.md",
         "docs/results/README.md",
     ],
 )

@@ -14,6 +14,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.profiles.laws import NO_LAWS
 from sglang_ares.srt.managers.io_struct import Message, RequestFailed
 from sglang_ares.srt.managers.output_streamer import (
     KV_FAILURES,
@@ -36,6 +37,7 @@ class Agent(WorkerAgent):
             role="decode",
             incarnation=0,
             report_interval_s=1.0,
+            laws=NO_LAWS,
             outputs_endpoint=None,
         )
         super().__init__(spec, speaks=False)

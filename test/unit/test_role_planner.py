@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from sglang_ares.profiles.profile import PrefillTime
 from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership, WorkerView
 from sglang_ares.srt.managers.instances import Instances
 from sglang_ares.srt.managers.io_struct import PoolCounters, WorkerReport
 from sglang_ares.srt.managers.role_changes import PLANNER, RoleChanges
-from sglang_ares.srt.managers.role_planner import RolePlanner
+from sglang_ares.srt.managers.role_planner import RoleLoads, RolePlanner
 from sglang_ares.srt.policy.elastic.decisions import ROLES, Flip, FlipMemory, Moment
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import (
@@ -218,6 +219,35 @@ def test_nothing_is_planned_before_prefill_times_are_known(
     assert not world.moments
 
 
+def test_it_plans_at_once_with_times_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, None)
+    shown: list[RoleLoads] = []
+    known = PrefillTime(fixed_ms=5.0, per_token_ms=0.1, per_square_ms=0.0)
+    world.planner = RolePlanner(
+        world.state, world.changes, "ares", SLO, MoveCost, 0.0, 1.0, known, shown.append
+    )
+    world.planner.on_report(report(world.state, D3, (100,), step_ms=75.0, output_tokens=3), 0.5)
+    world.planner.run_pass_when_due(1.0)
+    assert len(world.moments) == 1
+    (loads,) = shown
+    assert loads.of_role == {PREFILL: pytest.approx(0.0075), DECODE: 0.75}
+    assert loads.of_worker == {
+        P0: (PREFILL, pytest.approx(0.015)), P1: (PREFILL, 0.0), D2: (DECODE, 0.0),
+        D3: (DECODE, 1.5),
+    }  # fmt: skip
+
+
+def test_without_promises_there_are_no_ratios() -> None:
+    state, host = new_state(), None
+    changes = RoleChanges(host, state, None, timeout_s=30.0)  # type: ignore[arg-type]
+    shown: list[RoleLoads] = []
+    none = Slo(ttft_ms=0.0, tpot_ms=0.0)
+    planner = RolePlanner(state, changes, "static", none, MoveCost, 0.0, show=shown.append)
+    planner.run_pass_when_due(1.0)
+    assert shown[0].of_role == {} and shown[0].of_worker[P0] == (PREFILL, None)
+    assert planner.status()["workers"][0] == {"id": P0, "load": None, "max_tokens": None}
+
+
 def test_a_policy_that_fails_costs_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, None)
 
@@ -235,6 +265,12 @@ def test_status(monkeypatch: pytest.MonkeyPatch) -> None:
     world.planner.run_pass_when_due(1.0)
     world.state.workers[D2].changing_to = PREFILL
     document = world.planner.status()
+    assert document["workers"] == [
+        {"id": P0, "load": pytest.approx(0.015), "max_tokens": CAPACITY},
+        {"id": P1, "load": 0.0, "max_tokens": CAPACITY},
+        {"id": D2, "load": 0.0, "max_tokens": CAPACITY},
+        {"id": D3, "load": 0.0, "max_tokens": CAPACITY},
+    ]
     assert document["prefill_load"] == pytest.approx(0.0075)
     assert document["decode_load"] == 0.0
     assert document["pools"] == {

@@ -58,6 +58,8 @@ def start_engine(log: Path, **kwargs: Any) -> Engine:
         return Engine(
             **{
                 "log_level": "error",
+                # What an earlier run has measured is not to change this one's decisions.
+                "ares_profile_cache": "off",
                 "incremental_streaming_output": True,
                 "custom_sigquit_handler": _raise_cluster_failed,
                 **kwargs,

@@ -25,9 +25,11 @@ class ServerFailedError(RuntimeError):
 @contextlib.contextmanager
 def running_server(log: Path, *flags: str) -> Iterator[str]:
     """Start ``python -m sglang_ares.launch_server`` with ``flags`` and its output in ``log``; its
-    URL. It is ended when the block is left."""
+    URL. It is ended when the block is left. Nothing that an earlier one has measured is taken over,
+    unless the flags say so."""
     port = free_ports(1)[0]
-    command = [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port), *flags]
+    command = [sys.executable, "-m", "sglang_ares.launch_server", "--port", str(port)]
+    command += ["--ares-profile-cache", "off", *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         # A group, not a session: Linux shares the cores between sessions first (autogroups).

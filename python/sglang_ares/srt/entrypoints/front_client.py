@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from sglang_ares.srt.managers.io_struct import (
     StatusQuery,
     encode,
 )
+from sglang_ares.srt.observability.slo import SloAttainment
 from sglang_ares.srt.security.curve import CurveKeys
 from sglang_ares.srt.security.sockets import connected_socket
 
@@ -38,9 +40,15 @@ class FrontClient:
     """Asks the controller; answers are (HTTP status, document). Use within one event loop."""
 
     def __init__(
-        self, endpoint: str, timeout_s: float = 60.0, *, keys: CurveKeys | None = None
+        self,
+        endpoint: str,
+        timeout_s: float = 60.0,
+        *,
+        keys: CurveKeys | None = None,
+        attainment: SloAttainment | None = None,
     ) -> None:
         self._endpoint = endpoint
+        self._attainment = attainment
         self._timeout_s = timeout_s
         self._keys = keys
         self._decoder = Decoder(QueryReply)
@@ -50,8 +58,11 @@ class FrontClient:
         self._reader: asyncio.Task[None] | None = None
 
     async def status(self) -> tuple[int, Any]:
-        """The cluster's status."""
-        return await self._ask(StatusQuery(query_id=next(self._ids)))
+        """The cluster's status, and what the front itself knows: the SLO attainment."""
+        status, document = await self._ask(StatusQuery(query_id=next(self._ids)))
+        if self._attainment is not None:
+            document = {**document, "slo": self._attainment.status(time.monotonic())}
+        return status, document
 
     async def requests(self) -> tuple[int, Any]:
         """The live requests."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
     from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.managers.law_keeper import LawKeeper
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,9 @@ class WorkerCluster:
         port_args: PortArgs,
         ares_args: AresArgs,
         control: ControlPlane,
+        laws: LawKeeper,
     ) -> None:
+        self._laws = laws
         self._server_args = server_args
         self._port_args = port_args
         self._ares_args = ares_args
@@ -205,6 +208,7 @@ class WorkerCluster:
             fault_injection=ares_args.fault_injection,
             profile=self._profile,
             time_dilation=ares_args.time_dilation,
+            laws=self._laws.for_worker(),
             emulate_predictions=ares_args.emulate_predictions,
             predictor=""
             if self._profile is not None

@@ -27,7 +27,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
-from sglang_ares.srt.emulation.settings import not_emulated
+from sglang_ares.srt.emulation.settings import not_emulated, profile_of
 from sglang_ares.srt.managers.cluster import (
     WorkerCluster,
     WorkerProcess,
@@ -71,9 +71,11 @@ from sglang_ares.srt.managers.io_struct import (
     WorkerStarted,
     encode,
 )
+from sglang_ares.srt.managers.law_keeper import open_keeper
 from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.managers.mover import Mover
+from sglang_ares.srt.managers.probes import is_probe
 from sglang_ares.srt.managers.recovery import Recovery
 from sglang_ares.srt.managers.remote_io import RemoteInput, decode_reply
 from sglang_ares.srt.managers.remote_workers import RemoteWorker, RemoteWorkers, view_of
@@ -140,7 +142,12 @@ class AresController(DataParallelController):
         self._to_tokenizer = get_zmq_socket(
             self.context, zmq.PUSH, port_args.tokenizer_ipc_name, False
         )
-        self.cluster = WorkerCluster(server_args, port_args, self.ares_args, self.control)
+        self._settings = settings_of(server_args)
+        emulated = profile_of(self.ares_args)
+        self.laws = open_keeper(server_args, self.ares_args, self._settings, emulated)
+        self.cluster = WorkerCluster(
+            server_args, port_args, self.ares_args, self.control, self.laws
+        )
         self.workers: list[WorkerInput | RemoteInput] = [
             self._input_of(w) for w in self.cluster.workers
         ]
@@ -202,6 +209,7 @@ class AresController(DataParallelController):
             self.ares_args.max_restarts,
             now,
         )
+        self.metrics = ControllerMetrics.create(self.server_args)
         self.predictions = LengthPredictions(use_prior=self.ares_args.length_prior)
         self.mover = Mover(
             self.state,
@@ -225,8 +233,9 @@ class AresController(DataParallelController):
             lambda: self.mover.cost,
             now,
             self.ares_args.time_dilation,
+            self.laws.current.prefill,
+            self.metrics.role_loads,
         )
-        self.metrics = ControllerMetrics.create(self.server_args)
         self.dispatcher = Dispatcher(
             self.state,
             self.cluster,
@@ -244,6 +253,7 @@ class AresController(DataParallelController):
             self.predictions,
             self.roles,
             self.planner,
+            self.laws,
             self.ares_args,
             self.control.runtime_dir,
             [self.dropped, self.dropped_front],
@@ -254,7 +264,7 @@ class AresController(DataParallelController):
             self.supervisor,
             self.state,
             self.cluster.workers,
-            settings_of(self.server_args),
+            self._settings,
             admission_of(self.ares_args, self.control),
             self.max_req_input_len,
             self._enlist,
@@ -283,7 +293,7 @@ class AresController(DataParallelController):
             self.end(owner, 400, f"no model runs here (--ares-emulate), so there are no {what}")
         elif not self.dispatcher.send_attempt(owner, None):
             self.end(owner, 503, self.missing_role() or "all workers of a role are starting anew")
-        else:
+        elif not is_probe(req.rid):
             self.planner.on_arrival(len(req.input_ids or ()))
 
     def route_abort(self, abort: AbortReq) -> None:
@@ -461,6 +471,8 @@ class AresController(DataParallelController):
             self.metrics.predicted(self.predictions.of_new())
             self.mover.on_report(message)
             self.planner.on_report(message, time.monotonic())
+            if not self.state.workers[message.worker_id].host:
+                self.laws.on_report(message)
             for own in (self.dropped, self.dropped_front):
                 self.metrics.dropped(own.where, own.total)
         elif isinstance(message, MigrationResult):
@@ -515,6 +527,7 @@ class AresController(DataParallelController):
             self.mover.run_round_when_due(time.monotonic())
             self.roles.tick(time.monotonic())
             self.planner.run_pass_when_due(time.monotonic())
+            self.laws.write_when_due(time.monotonic())
 
     def _poller(self, sentinels: set[int]) -> zmq.Poller:
         poller = zmq.Poller()
@@ -538,6 +551,7 @@ class AresController(DataParallelController):
             elif isinstance(received, ShutdownReq):
                 self._leaving = True  # workers that end now are not to be started anew
                 self.remote.server_ends()
+                self.laws.write()
                 self.send_control_message(received)
             else:
                 self._request_dispatcher(received)

@@ -12,6 +12,7 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang_ares.srt.disaggregation.refusals import TRAVEL, first_refusal
 from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_of, unpack_ids
 from sglang_ares.srt.managers.io_struct import Resume
+from sglang_ares.srt.managers.probes import is_probe
 from sglang_ares.srt.policy.registry import PLACEMENT
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest
 
@@ -109,8 +110,9 @@ class Dispatcher:
             self._inputs[owner.prefill].put(attempt)
             self._inputs[owner.decode].put(attempt)
         self._state.note_dispatch(owner, prompt_tokens)
-        self._metrics.dispatched(owner.prefill, PREFILL)
-        self._metrics.dispatched(owner.decode, DECODE)
+        if not is_probe(owner.rid):
+            self._metrics.dispatched(owner.prefill, PREFILL)
+            self._metrics.dispatched(owner.decode, DECODE)
         return True
 
     def probe(self, req: TokenizedGenerateReqInput) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster_state import ClusterState
     from sglang_ares.srt.managers.dispatcher import Dispatcher
     from sglang_ares.srt.managers.io_struct import Message
+    from sglang_ares.srt.managers.law_keeper import LawKeeper
     from sglang_ares.srt.managers.length_predictions import LengthPredictions
     from sglang_ares.srt.managers.mover import Mover
     from sglang_ares.srt.managers.role_changes import RoleChanges
@@ -58,6 +59,7 @@ class FrontDesk:
         predictions: LengthPredictions,
         roles: RoleChanges,
         planner: RolePlanner,
+        laws: LawKeeper,
         ares_args: AresArgs,
         runtime_dir: str,
         dropped: list[DroppedFrames],
@@ -70,6 +72,7 @@ class FrontDesk:
         self._predictions = predictions
         self._roles = roles
         self._planner = planner
+        self._laws = laws
         self._args = ares_args
         self._runtime_dir = runtime_dir
         self._dropped = dropped
@@ -110,6 +113,7 @@ class FrontDesk:
                 "time_dilation": self._args.time_dilation,
                 "length_prior": self._predictions.status(),
                 "move_cost": msgspec.to_builtins(self._mover.cost),
+                "profile": self._laws.status(),
                 "runtime_dir": self._runtime_dir,
                 "dropped_frames": {d.where: d.total for d in self._dropped},
                 "roles": {**self._planner.status(), **self._roles.status(time.monotonic())},

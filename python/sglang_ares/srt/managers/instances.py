@@ -9,6 +9,7 @@ import numpy as np
 
 from sglang_ares.profiles.profile import PrefillTime
 from sglang_ares.srt.policy.elastic.instances import InstanceTable, Slo, max_tokens
+from sglang_ares.srt.policy.step_law import mean_law
 from sglang_ares.srt.policy.types import DECODE, StepTime
 
 if TYPE_CHECKING:
@@ -32,13 +33,15 @@ class Instances:
     """Collects the reports between two passes; times are monotonic seconds.
 
     The prefill law of the cluster is the one told last: its workers are alike, and one that has
-    just begun to prefill has none of its own.
+    just begun to prefill has none of its own; until one is told, ``prefill_time``.
     """
 
-    def __init__(self, state: ClusterState, slo: Slo) -> None:
+    def __init__(
+        self, state: ClusterState, slo: Slo, prefill_time: PrefillTime | None = None
+    ) -> None:
         self._state = state
         self._slo = slo
-        self.prefill_time: PrefillTime | None = None
+        self.prefill_time = prefill_time
         # Mean step times (ms) reported since the last pass; when a worker last decoded.
         self._steps: defaultdict[int, list[float]] = defaultdict(list)
         self._progress: dict[int, float] = {}
@@ -65,7 +68,7 @@ class Instances:
         views = sorted(self._state.serving(), key=lambda view: view.worker_id)
         loads = [view.load() for view in views]
         laws = [load.step for load in loads if load.step is not None]
-        known = _mean_law(laws)
+        known = mean_law(laws)
         rows = [self._row(view, known, now) for view in views]
         self._steps.clear()
         return InstanceTable(
@@ -103,13 +106,3 @@ class Instances:
         if steps:
             return sum(steps) / len(steps)
         return 1e3 * (now - self._progress.get(worker_id, now))
-
-
-def _mean_law(laws: list[StepTime]) -> StepTime | None:
-    if not laws:
-        return None
-    return StepTime(
-        fixed_ms=sum(law.fixed_ms for law in laws) / len(laws),
-        per_request_ms=sum(law.per_request_ms for law in laws) / len(laws),
-        per_token_ms=sum(law.per_token_ms for law in laws) / len(laws),
-    )

@@ -13,6 +13,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from sglang_ares.srt.managers.attempts import public_rid
+from sglang_ares.srt.managers.probes import is_probe
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -140,7 +141,8 @@ def has_come_to_its_end(req: Any) -> bool:
     """Whether a client's request has ended just now, and nobody aborted it."""
     ended = req.finished() and not req.finished_output
     aborted = isinstance(req.finished_reason, FINISH_ABORT)
-    return ended and not aborted and not is_health_check_generate_req(req)
+    ours = is_health_check_generate_req(req) or is_probe(req.rid)
+    return ended and not aborted and not ours
 
 
 def has_news(req: Any) -> bool:

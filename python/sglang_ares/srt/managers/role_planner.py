@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,7 @@ from sglang_ares.srt.policy.elastic.instances import InstanceTable, Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL, MoveCost
 
 if TYPE_CHECKING:
+    from sglang_ares.profiles.profile import PrefillTime
     from sglang_ares.srt.managers.cluster_state import ClusterState
     from sglang_ares.srt.managers.io_struct import WorkerReport
     from sglang_ares.srt.managers.role_changes import RoleChanges
@@ -41,9 +42,18 @@ STATIC = "static"
 _PASS_S = 1.0
 
 
+class RoleLoads(NamedTuple):
+    """Loads as ratios to the SLOs. ``of_role``: of those pools whose SLO is set. ``of_worker``: by
+    worker, the role it has or is to have, and its load, None without an SLO."""
+
+    of_role: dict[str, float]
+    of_worker: dict[int, tuple[str, float | None]]
+
+
 class RolePlanner:
     """Plans on the latest reports. ``cost`` tells what a migration takes; ``policy`` is a name of
-    ``ROLES``. ``dilation``: how much slower than real time an emulated cluster runs."""
+    ``ROLES``. ``dilation``: how much slower than real time an emulated cluster runs.
+    ``prefill_time``: what is known of earlier runs. ``show`` is given the loads once a second."""
 
     def __init__(
         self,
@@ -54,6 +64,8 @@ class RolePlanner:
         cost: Callable[[], MoveCost],
         now: float,
         dilation: float = 1.0,
+        prefill_time: PrefillTime | None = None,
+        show: Callable[[RoleLoads], None] = lambda loads: None,
     ) -> None:
         self._state = state
         self._roles = roles
@@ -66,7 +78,8 @@ class RolePlanner:
             rules, cooldown_s=rules.cooldown_s * dilation, horizon_s=rules.horizon_s * dilation
         )
         self._memory = FlipMemory()
-        self._instances = Instances(state, slo)
+        self._instances = Instances(state, slo, prefill_time)
+        self._show = show
         self._forecast = ArrivalForecast(10.0 * dilation, 30.0 * dilation)
         self._arrived: list[int] = []
         self._last_pass = now
@@ -93,6 +106,7 @@ class RolePlanner:
         self._forecast.observe(now - self._last_pass, len(prompts), sum(prompts), prefill_ms)
         self._last_pass = now
         self._table = self._instances.table(now)
+        self._show(self.loads(self._table))
         if self.policy == STATIC or self._roles.under_way or self._instances.prefill_time is None:
             return
         if not all(self._state.with_role(role) for role in (PREFILL, DECODE)):
@@ -132,6 +146,25 @@ class RolePlanner:
 
     # --- documents --------------------------------------------------------------------------
 
+    def loads(self, table: InstanceTable) -> RoleLoads:
+        """Every worker's load, and the pools'."""
+        slo = self._slo
+        of_role = {}
+        if slo.ttft_ms:
+            of_role[PREFILL] = table.prefill_load(slo)
+        if slo.tpot_ms:
+            of_role[DECODE] = table.decode_load(slo)
+        of_worker: dict[int, tuple[str, float | None]] = {}
+        for row, worker_id in enumerate(table.worker_id.tolist()):
+            role = DECODE if table.decodes[row] else PREFILL
+            ms, slo_ms = (
+                (table.token_ms, slo.tpot_ms)
+                if table.decodes[row]
+                else (table.prefill_ms, slo.ttft_ms)
+            )
+            of_worker[worker_id] = (role, float(ms[row] / slo_ms) if slo_ms else None)
+        return RoleLoads(of_role, of_worker)
+
     def status(self) -> dict[str, Any]:
         """The policy, the pools, and the loads as ratios to the SLOs (None without one)."""
         slo, table = self._slo, self._table
@@ -142,8 +175,21 @@ class RolePlanner:
             "prefill_load": table.prefill_load(slo) if table and slo.ttft_ms else None,
             "decode_load": table.decode_load(slo) if table and slo.tpot_ms else None,
             "pools": self._pools(),
+            "workers": self._workers(table) if table is not None else [],
             "prefill_time": msgspec.to_builtins(self._instances.prefill_time),
         }
+
+    def _workers(self, table: InstanceTable) -> list[dict[str, Any]]:
+        """By worker: its load, and the most tokens it may hold within the TPOT SLO."""
+        rows = zip(self.loads(table).of_worker.items(), table.max_tokens.tolist(), strict=True)
+        return [
+            {
+                "id": worker_id,
+                "load": load,
+                "max_tokens": most if self._slo.tpot_ms else None,
+            }
+            for (worker_id, (_, load)), most in rows
+        ]
 
     def _pools(self) -> dict[str, list[int]]:
         pools: dict[str, list[int]] = {PREFILL: [], DECODE: []}

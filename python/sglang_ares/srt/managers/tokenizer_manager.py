@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
@@ -15,10 +17,16 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_ares.srt.managers.load_snapshots import cluster_load_reader
 from sglang_ares.srt.managers.remote_io import CONTROL_REQUESTS, HERE_ONLY
+from sglang_ares.srt.managers.served_requests import count_ended
+from sglang_ares.srt.observability.metrics import SloMetrics
+from sglang_ares.srt.observability.slo import SloAttainment
+from sglang_ares.srt.policy.elastic.instances import Slo
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import ActiveRanksOutput
+    from sglang.srt.managers.io_struct import AbortReq, ActiveRanksOutput
     from sglang.srt.server_args import PortArgs, ServerArgs
+
+    from sglang_ares.ares_args import AresArgs
 
 # Requests are placed where they can run; some control requests concern workers of this host only.
 SENT_ANYWAY = (
@@ -28,6 +36,9 @@ SENT_ANYWAY = (
     *HERE_ONLY,
 )
 
+# Seconds between two updates of the shares in ``/metrics``.
+_SLO_SHOWN_EVERY_S = 1.0
+
 
 class AresTokenizerManager(TokenizerManager):
     """Upstream's tokenizer manager in front of workers that may die and come back, and of workers
@@ -36,6 +47,49 @@ class AresTokenizerManager(TokenizerManager):
     # Workers of this host, which come first; whether others serve too.
     workers_here = 0
     _elsewhere = False
+    # Set where something is promised, and where metrics are on.
+    attainment: SloAttainment | None = None
+    slo_metrics: SloMetrics | None = None
+    _slo_shown: asyncio.Task[None] | None = None
+
+    # --- SLO attainment ---------------------------------------------------------------------
+
+    async def _handle_batch_output(self, recv_obj: Any) -> None:
+        """Upstream's, after which the requests that have ended are counted."""
+        ended = []
+        if self.attainment is not None:
+            reasons = zip(recv_obj.rids, recv_obj.finished_reasons, strict=True)
+            ended = [
+                (self.rid_to_state.get(rid), reason, i)
+                for i, (rid, reason) in enumerate(reasons)
+                if reason is not None
+            ]
+        await super()._handle_batch_output(recv_obj)
+        now = time.monotonic()
+        for state, reason, i in ended:
+            if state is not None and self.attainment is not None:
+                count_ended(self.attainment, state, reason, recv_obj.completion_tokens[i], now)
+
+    def _handle_abort_req(self, recv_obj: AbortReq) -> None:
+        """Upstream's; an error from the controller is a broken promise."""
+        state = self.rid_to_state.get(recv_obj.rid)
+        super()._handle_abort_req(recv_obj)
+        if self.attainment is not None and state is not None:
+            reason = recv_obj.finished_reason or {"type": "abort"}
+            count_ended(self.attainment, state, reason, 0, time.monotonic())
+
+    def auto_create_handle_loop(self) -> None:
+        """Upstream's tasks, and one that keeps the shares in ``/metrics`` up to date."""
+        super().auto_create_handle_loop()
+        if self.slo_metrics is not None and self._slo_shown is None:
+            self._slo_shown = self.event_loop.create_task(self._show_slo())
+
+    async def _show_slo(self) -> None:
+        while self.attainment is not None and self.slo_metrics is not None:
+            self.slo_metrics.show(self.attainment, time.monotonic())
+            await asyncio.sleep(_SLO_SHOWN_EVERY_S)
+
+    # --- workers ----------------------------------------------------------------------------
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         """Upstream's; what cannot travel to all workers is refused."""
@@ -93,7 +147,8 @@ def init_ares_tokenizer_manager(server_args: ServerArgs, port_args: PortArgs) ->
     """Upstream's template manager and our tokenizer manager; ``/v1/loads`` lists every worker."""
     from sglang_ares.engine import ares_args_of
 
-    workers = ares_args_of(server_args).total_workers
+    ares_args = ares_args_of(server_args)
+    workers = ares_args.total_workers
     tokenizer_manager, template_manager = init_tokenizer_manager(
         server_args, port_args, AresTokenizerManager
     )
@@ -102,4 +157,15 @@ def init_ares_tokenizer_manager(server_args: ServerArgs, port_args: PortArgs) ->
     # Upstream's name for the number of schedulers that answer weight updates and load queries.
     tokenizer_manager.elastic_worker_count = workers
     tokenizer_manager.load_snapshot_reader = cluster_load_reader(port_args.instance_id, workers)
+    tokenizer_manager.attainment = attainment_of(ares_args)
+    if tokenizer_manager.attainment is not None:
+        tokenizer_manager.slo_metrics = SloMetrics.create(server_args)
     return tokenizer_manager, template_manager
+
+
+def attainment_of(ares_args: AresArgs) -> SloAttainment | None:
+    """The count of promises kept, if any are made."""
+    slo = Slo(ttft_ms=ares_args.ttft_slo_ms, tpot_ms=ares_args.tpot_slo_ms)
+    if not (slo.ttft_ms or slo.tpot_ms):
+        return None
+    return SloAttainment(slo, ares_args.time_dilation)

@@ -96,8 +96,8 @@ class WorkerAgent:
         # Seconds of a decode step, recent ones weighing more; 0 before the first.
         self.decode_step_s = 0.0
         self._step_ends: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
-        self._step_time = StepTimeFit()
-        self._prefill_time = PrefillTimeFit()
+        self._step_time = StepTimeFit(spec.laws.decode)
+        self._prefill_time = PrefillTimeFit(spec.laws.prefill)
         self._last_prefill_end = float("-inf")
         # Output lengths of requests that came to their end here since the last report.
         self._ended_lengths: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sglang_ares.profiles.laws import NO_LAWS, Laws
 from sglang_ares.profiles.profile import Profile
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.security.curve import CurveKeys
@@ -19,9 +20,9 @@ class WorkerSpec:
     ``incarnation`` counts its restarts; ``loads_instance_id`` names the shared memory that
     ``/v1/loads`` reads. The mailbox listens on ``control_bind``; others reach it at
     ``control_endpoint``. ``profile``: what it emulates, if it does, ``time_dilation`` times as
-    slow. On another host than the front's: ``outputs_endpoint`` is where the
-    tokens go, and ``lease`` (shared with the host's process) says until when the worker may live
-    (``managers/lease.py``)."""
+    slow. ``laws``: what is known of its step times before it has made a step. On another host
+    than the front's: ``outputs_endpoint`` is where the tokens go, and ``lease`` (shared with
+    the host's process) says until when the worker may live (``managers/lease.py``)."""
 
     worker_id: int
     incarnation: int
@@ -46,6 +47,7 @@ class WorkerSpec:
     correct_drift: bool
     profile: Profile | None = None
     time_dilation: float = 1.0
+    laws: Laws = NO_LAWS
     emulate_predictions: str = "none"
     outputs_endpoint: str | None = None
     lease: Any = None

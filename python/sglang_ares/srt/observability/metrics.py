@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING, Any
+
+from sglang_ares.srt.observability.slo import KINDS, WINDOWS_S
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -17,12 +20,15 @@ if TYPE_CHECKING:
         WorkerReport,
     )
     from sglang_ares.srt.managers.role_changes import EndedChange
+    from sglang_ares.srt.managers.role_planner import RoleLoads
+    from sglang_ares.srt.observability.slo import SloAttainment
     from sglang_ares.srt.policy.types import Remaining
 
-_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
-# name without prefix, kind, labels besides model_name, help. The reference is made from this.
-SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+# name without prefix, kind, labels besides model_name, help. The reference is made from these.
+_Series = tuple[str, str, tuple[str, ...], str]
+SERIES: tuple[_Series, ...] = (
     ("dispatched_requests_total", "counter", ("worker", "role"), "Requests sent to a worker."),
     (
         "migrations_total",
@@ -119,6 +125,19 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         ("worker", "role"),
         "Time a worker was ready in each role.",
     ),
+    (
+        "role_load_ratio",
+        "gauge",
+        ("role",),
+        "Mean load of a role's workers: prefill time ahead over TTFT SLO, or TPOT over its SLO.",
+    ),
+    (
+        "worker_load_ratio",
+        "gauge",
+        ("worker", "role"),
+        "The same of one worker.",
+    ),
+    ("role_workers", "gauge", ("role",), "Serving workers of a role."),
     ("recovered_requests_total", "counter", (), "Requests continued by a further attempt."),
     (
         "dropped_control_frames_total",
@@ -127,16 +146,23 @@ SERIES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Control messages not let in, by receiver (controller, front, worker-N).",
     ),
 )
+# Those that the front records.
+FRONT_SERIES: tuple[_Series, ...] = (
+    (
+        "slo_attainment",
+        "gauge",
+        ("slo", "window"),
+        "Share of streamed requests of the last 60 or 600 s that met ttft, tpot, both; else NaN.",
+    ),
+)
 
 
 class ControllerMetrics:
     """Records what the controller sees; with metrics off, nothing."""
 
     def __init__(self, model_name: str) -> None:
-        from prometheus_client import Counter, Gauge, Histogram
-
         self._model_name = model_name
-        self._series: dict[str, Any] = {}
+        self._series = _registered(SERIES)
         self._decode_tokens: dict[int, int] = {}
         # When each worker reported last; nothing while it is down.
         self._reported_at: dict[int, float] = {}
@@ -145,21 +171,12 @@ class ControllerMetrics:
         self._dropped: dict[str, int] = {}
         # What each worker has reported of its predictions since its start.
         self._predictions: dict[tuple[int, str], float] = {}
-        for name, kind, labels, text in SERIES:
-            full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
-            if kind == "counter":
-                self._series[name] = Counter(full, text, label_names)
-            elif kind == "histogram":
-                self._series[name] = Histogram(full, text, label_names, buckets=_SECONDS)
-            else:
-                self._series[name] = Gauge(full, text, label_names, multiprocess_mode="mostrecent")
 
     @staticmethod
     def create(server_args: ServerArgs) -> ControllerMetrics:
         """The recorder, or a silent one without ``--enable-metrics``."""
-        if not server_args.enable_metrics or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return _NoMetrics()
-        return ControllerMetrics(server_args.served_model_name or server_args.model_path)
+        name = _model_name(server_args)
+        return ControllerMetrics(name) if name is not None else _NoMetrics()
 
     def _of(self, name: str, **labels: str | int) -> Any:
         values = {k: str(v) for k, v in labels.items()}
@@ -255,7 +272,19 @@ class ControllerMetrics:
         for name in ("worker_kv_tokens", "worker_kv_capacity_tokens", "worker_running_requests",
                      "worker_queued_requests", "decode_step_seconds"):  # fmt: skip
             self._of(name, **was).set(0)
+        self._of("worker_load_ratio", **was).set(0)
         self._decode_tokens.pop(ended.worker, None)
+
+    def role_loads(self, loads: RoleLoads) -> None:
+        """The planner has looked at the workers."""
+        for role, ratio in loads.of_role.items():
+            self._of("role_load_ratio", role=role).set(ratio)
+        for role in ("prefill", "decode"):
+            here = [w for w, (of, _) in loads.of_worker.items() if of == role]
+            self._of("role_workers", role=role).set(len(here))
+        for worker, (role, load) in loads.of_worker.items():
+            if load is not None:
+                self._of("worker_load_ratio", worker=worker, role=role).set(load)
 
     def recovered(self) -> None:
         """A request goes on by a further attempt."""
@@ -290,6 +319,55 @@ class _NoMetrics(ControllerMetrics):
 
     def role_change_ended(self, ended: EndedChange) -> None: ...
 
+    def role_loads(self, loads: RoleLoads) -> None: ...
+
     def recovered(self) -> None: ...
 
     def dropped(self, where: str, total: int) -> None: ...
+
+
+class SloMetrics:
+    """Shows the front's count of promises kept."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._gauge = _registered(FRONT_SERIES)["slo_attainment"]
+
+    @staticmethod
+    def create(server_args: ServerArgs) -> SloMetrics | None:
+        """Nothing without ``--enable-metrics``."""
+        name = _model_name(server_args)
+        return SloMetrics(name) if name is not None else None
+
+    def show(self, attainment: SloAttainment, now: float) -> None:
+        """Bring the gauges up to date."""
+        for window_s in WINDOWS_S:
+            window = attainment.window(window_s, now)
+            for kind in KINDS:
+                share = window[kind]
+                self._gauge.labels(model_name=self._model_name, slo=kind, window=str(window_s)).set(
+                    share if share is not None else math.nan
+                )
+
+
+def _model_name(server_args: ServerArgs) -> str | None:
+    """Upstream's label; None while metrics are off."""
+    if not server_args.enable_metrics or "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return None
+    return server_args.served_model_name or server_args.model_path
+
+
+def _registered(table: tuple[_Series, ...]) -> dict[str, Any]:
+    """The series of ``table`` by name, in upstream's registry."""
+    from prometheus_client import Counter, Gauge, Histogram
+
+    series: dict[str, Any] = {}
+    for name, kind, labels, text in table:
+        full, label_names = f"sglang_ares:{name}", ["model_name", *labels]
+        if kind == "counter":
+            series[name] = Counter(full, text, label_names)
+        elif kind == "histogram":
+            series[name] = Histogram(full, text, label_names, buckets=_SECONDS)
+        else:
+            series[name] = Gauge(full, text, label_names, multiprocess_mode="mostrecent")
+    return series

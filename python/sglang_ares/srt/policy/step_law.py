@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from sglang_ares.srt.policy.snapshot import Floats, WorkerTable
+from sglang_ares.srt.policy.types import StepTime
 
 # Where no worker's law is known: a step over the mean load takes this long (ms), all of it by
 # tokens. So loads are compared by tokens.
 _UNKNOWN_MS = 20.0
+
+
+def mean_law(laws: Sequence[StepTime]) -> StepTime | None:
+    """The mean of what some workers have found; None without any."""
+    if not laws:
+        return None
+    return StepTime(
+        fixed_ms=sum(law.fixed_ms for law in laws) / len(laws),
+        per_request_ms=sum(law.per_request_ms for law in laws) / len(laws),
+        per_token_ms=sum(law.per_token_ms for law in laws) / len(laws),
+    )
 
 
 def step_laws(workers: WorkerTable) -> Floats:

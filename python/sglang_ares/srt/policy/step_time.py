@@ -26,22 +26,31 @@ _MOST_CELLS = 128
 # A law is told once there are so many cells, and the largest load is so many times the smallest.
 _LEAST_CELLS = 4
 _LEAST_RANGE = 1.5
-# A law holds for so many steps before it is fitted again: a fit takes longer than many a step.
+# A law holds for so many steps before it is fitted again (one from few steps for fewer): a fit
+# takes longer than many a step.
 _REFIT_AFTER = 100
+_REFIT_AFTER_LEAST = 10
+# Loads (requests, resident tokens) at which an earlier law has a say, and how much of one next to
+# a cell's: enough to decide what steps that are alike leave open, too little to bend what they
+# tell.
+_PRIOR_LOADS = ((1, 64), (1, 4096), (8, 1024), (8, 16384), (64, 8192), (64, 131072))
+_PRIOR_WEIGHT = 0.05
 # Durations of a step that can be true.
 _PLAUSIBLE_MS = (1e-3, 1e6)
 
 
 class StepTimeFit:
     """Learns :class:`StepTime` from steps, by least squares of the relative error with
-    coefficients that are not negative."""
+    coefficients that are not negative. ``prior``: a law from before, if any is known; it holds
+    until there is one of this worker's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: StepTime | None = None) -> None:
+        self._points = _points_of(prior)
         self._cells: OrderedDict[tuple[int, int], deque[tuple[int, int, float]]] = OrderedDict()
         # Of each cell that counts, the median of its steps; cells that have changed since.
         self._medians: dict[tuple[int, int], tuple[float, float, float]] = {}
         self._changed: set[tuple[int, int]] = set()
-        self._law: StepTime | None = None
+        self._law = prior
         self._seen = 0
         self._fit_at = 0
 
@@ -64,8 +73,8 @@ class StepTimeFit:
         """The law as of some hundred steps ago at most, or None while the steps seen were too few
         or too much alike."""
         if self._seen >= self._fit_at:
-            self._fit_at = self._seen + _REFIT_AFTER
-            self._law = self._fit()
+            self._fit_at = self._seen + max(_REFIT_AFTER_LEAST, min(_REFIT_AFTER, self._seen // 4))
+            self._law = self._fit() or self._law
         return self._law
 
     def _fit(self) -> StepTime | None:
@@ -76,12 +85,23 @@ class StepTimeFit:
         self._changed.clear()
         if len(self._medians) < _LEAST_CELLS:
             return None
-        requests, tokens, ms = np.array(list(self._medians.values())).T
+        cells = np.array([[*cell, 1.0] for cell in self._medians.values()])
+        requests, tokens, ms, weight = cells.T
         if max(np.ptp(np.log(requests)), np.ptp(np.log(tokens))) < math.log(_LEAST_RANGE):
             return None
-        features = np.stack([np.ones_like(ms), requests, tokens], axis=1) / ms[:, None]
-        fixed, per_request, per_token = not_negative(features, np.ones_like(ms)).tolist()
+        requests, tokens, ms, weight = np.concatenate([cells, self._points]).T
+        features = np.stack([np.ones_like(ms), requests, tokens], axis=1) * (weight / ms)[:, None]
+        fixed, per_request, per_token = not_negative(features, weight).tolist()
         return StepTime(fixed_ms=fixed, per_request_ms=per_request, per_token_ms=per_token)
+
+
+def _points_of(prior: StepTime | None) -> NDArray[np.float64]:
+    """``(N, 4)``: requests, tokens, ms and weight, where the prior has a say."""
+    if prior is None:
+        return np.empty((0, 4))
+    return np.array(
+        [[n, t, max(prior.ms(n, t), _PLAUSIBLE_MS[0]), _PRIOR_WEIGHT] for n, t in _PRIOR_LOADS]
+    )
 
 
 def _octave(count: int) -> int:

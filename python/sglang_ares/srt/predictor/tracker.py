@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ares.srt.managers.attempts import public_rid
+from sglang_ares.srt.managers.probes import is_probe
 from sglang_ares.srt.policy.types import LEVELS, Remaining
 from sglang_ares.srt.predictor.correction import OnlineCorrection
 from sglang_ares.srt.predictor.errors import ErrorSums
@@ -76,7 +77,7 @@ class PredictionTracker:
         if raw is not None and self._law is not None:
             rows = raw.tolist() if math.isfinite(raw.sum()) else self._without_nan(reqs, raw)
             for req, commit, row in zip(reqs, commits, rows):
-                if commit is None or row is None:
+                if commit is None or row is None or is_probe(req.rid):
                     continue
                 prediction = getattr(req, ATTRIBUTE, None)
                 if prediction is None or prediction.law is None:
@@ -159,7 +160,7 @@ class PredictionTracker:
         due = [
             (i, c.output_index)
             for i, c in enumerate(commits)
-            if c is not None and c.output_index % INTERVAL == 0
+            if c is not None and c.output_index % INTERVAL == 0 and not is_probe(reqs[i].rid)
         ]
         if not due:
             return
