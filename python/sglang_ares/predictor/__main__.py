@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of weights and batches")
     add("--epochs", type=int, default=100, help="most epochs")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--head-only", action="store_true", help="do not train the arms it is compared with")
     add("--ship-labels", type=int, default=0, help="put so many test labels beside the head")
 
     add = command("evaluate", "judge a head on its test split: tables, plots", evaluate)
@@ -119,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
 
             return on_epoch
 
-        card = train_arms(args.data, args.out, plan, report)
+        card = train_arms(args.data, args.out, plan, report, compared=not args.head_only)
     if args.ship_labels:
         ship_test_split(args.out, args.data, args.ship_labels)
     Console().print(f"wrote {args.out}; MAE on the test split {card.metrics['test_mae']} tokens")

@@ -26,7 +26,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"{name} {c['mae_lower_percent']} %" for name, c in compared.items() if isinstance(c, dict)
     )
     fewer = compared["parameters_fewer_than_prompt_only_percent"]
-    console.print(f"MAE of ours is lower than of: {lower}")
+    console.print(f"MAE of ours is lower than of: {lower}", soft_wrap=True)
     console.print(f"parameters fewer than prompt-only's: {fewer} %")
 
 

@@ -41,12 +41,18 @@ def load_test(head_folder: Path, data: Path | None) -> tuple[Labels, Predictions
     if data is not None:
         limit = load_info(data).max_new_tokens
     arms: Predictions = {}
-    with np.load(head_folder / ARMS_FILE) as file:
+    path = head_folder / ARMS_FILE
+    if not path.exists():
+        raise DatasetError(
+            f"{path} is missing: this head was trained without the arms it is compared with. Train "
+            "it anew, without --head-only."
+        )
+    with np.load(path) as file:
         place = {(int(r["request"]), int(r["generated"])): i for i, r in enumerate(file["rows"])}
         wanted = [(int(r["request"]), int(r["generated"])) for r in test.rows]
         if not all(key in place for key in wanted):
             raise DatasetError(
-                f"{head_folder / ARMS_FILE} has predictions for other requests than the test "
+                f"{path} has predictions for other requests than the test "
                 "split's: train anew on this data set."
             )
         order = [place[key] for key in wanted]
