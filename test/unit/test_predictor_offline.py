@@ -19,7 +19,7 @@ from sglang_ares.srt.predictor.offline import OfflineError, decode, load_model
 from sglang_ares.srt.predictor.recorder import INTERVAL
 from sglang_ares.srt.sampling.seeded import multinomial_with_seed
 
-PROMPTS = ["walk 9\n", "collatz 6\n", "count 8 21\n", "json 42\n"]
+PROMPTS = ["walk 9\n", "collatz 6\n", "count 1 60\n", "json 42\n"]
 SEEDS = [11, 12, 13, 14]
 
 
