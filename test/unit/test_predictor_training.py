@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sglang_ares.predictor.__main__ import main
 from sglang_ares.srt.predictor.arms import train_arms
-from sglang_ares.srt.predictor.baselines import survival_arm
+from sglang_ares.srt.predictor.baselines import _requests, survival_arm
 from sglang_ares.srt.predictor.dataset import (
     SPLITS,
     DatasetError,
@@ -160,7 +162,7 @@ def test_train_then_evaluate_and_the_shipped_split_agrees(
 
     plan = TrainingPlan(seed=0, epochs=3, batch=256)
     train_arms(data, tmp_path, plan, report)
-    assert trained == ["l1", "quantile", "prompt_only"]
+    assert trained == ["quantile", "l1", "prompt_only"]
     train_arms(data, tmp_path, plan, report)
     assert len(trained) == 3, "finished parts are not trained again"
     report_all = evaluate(tmp_path, data)
@@ -175,9 +177,68 @@ def test_train_then_evaluate_and_the_shipped_split_agrees(
     assert out.exists() and "prompt_only" in capsys.readouterr().out
 
 
+def test_a_head_alone_is_trained_and_not_compared(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = TrainingPlan(seed=0, epochs=1, batch=256)
+    card = train_arms(data, tmp_path, plan, lambda arm: lambda *a: None, compared=False)
+    assert set(card.metrics["parameters"]) == {"ours"}
+    assert main(["evaluate", "--head", str(tmp_path), "--data", str(data)]) == 2
+    assert "without --head-only" in capsys.readouterr().err
+
+
+def test_a_part_of_the_split_has_the_lengths_of_the_whole(data: Path, tmp_path: Path) -> None:
+    plan = TrainingPlan(seed=0, epochs=1, batch=256)
+    train_arms(data, tmp_path, plan, lambda arm: lambda *a: None)
+    ship_test_split(tmp_path, data, 150)
+    whole, part = load_split(data, "test"), load_labels(tmp_path / "test_split.npz")
+    assert len(part) == pytest.approx(150, rel=0.15)
+    assert part.requests.items() < whole.requests.items()
+    mean = [np.mean([r.length for r in x.requests.values()]) for x in (whole, part)]
+    assert mean[1] == pytest.approx(mean[0], rel=0.1)
+    for number, rows in part.by_request():
+        assert np.array_equal(part.remaining[rows] + part.generated[rows], part.lengths[rows])
+        assert (
+            part.generated[rows][0] == 0 and part.requests[number].length == part.lengths[rows][0]
+        )
+
+
+def test_drift_is_told_in_order_and_drawn(data: Path, tmp_path: Path) -> None:
+    plan = TrainingPlan(seed=0, epochs=1, batch=256)
+    train_arms(data, tmp_path / "h", plan, lambda arm: lambda *a: None, compared=False)
+    call = ["drift", "--head", str(tmp_path / "h"), "--data", str(data), "--at-once", "8"]
+    written = [*("--json", str(tmp_path / "d.json")), *("--plot", str(tmp_path / "d.png"))]
+    assert main([*call, *written]) == 0
+    report = json.loads((tmp_path / "d.json").read_text())
+    parts = report["in_order"]
+    assert parts[0]["from_request"] == 0 and parts[-1]["below"] == report["requests"] == 240
+    for name in ("corrected", "uncorrected"):
+        labels = [p["labels"] for p in parts]
+        mean = np.average([p[f"mae_{name}"] for p in parts], weights=labels)
+        assert mean == pytest.approx(report[name]["mae"], rel=1e-3)
+    assert (tmp_path / "d.png").stat().st_size > 5_000
+
+
+def test_the_prompt_only_model_is_trained_on_what_it_is_judged_on(data: Path) -> None:
+    """One length for all prompts: the one with the least error over all labels, which is not the
+    median of the lengths."""
+    train = load_split(data, "train")
+    requests = _requests(train, 10, 4)
+    rows = train.by_request()
+    for total in (30.0, 150.0, 700.0):
+        said = torch.full((len(rows),), total)
+        errors = requests.errors(slice(None), said)
+        by_hand = np.abs(np.maximum(total - train.generated, 0) - train.remaining)
+        assert float(errors.sum()) == pytest.approx(float(by_hand.sum()), rel=1e-5)
+        assert int(requests.labelled.sum()) == len(train)
+
+
 def test_bad_input_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--head", str(tmp_path)]) == 2
     assert "card.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "test_split.npz").write_bytes(b"PK nothing")
+    with pytest.raises(DatasetError, match="holds no test split"):
+        load_labels(tmp_path / "test_split.npz")
     with pytest.raises(PromptError, match="neither a file nor one of"):
         prompts("nothing", 1, 0)
 

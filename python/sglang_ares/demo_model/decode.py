@@ -88,9 +88,18 @@ class BatchDecoder:
         rows, new, _ = x.shape
         return functional.linear(x, weight).view(rows, new, heads, self.head_dim).transpose(1, 2)
 
-    @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """Feed ``ids`` of shape (rows, new); returns the logits after the last of them."""
+        return self.logits_of(self.states(ids))
+
+    @torch.inference_mode()
+    def logits_of(self, states: Tensor) -> Tensor:
+        """The logits of last-layer ``states`` of shape (rows, hidden size)."""
+        return functional.linear(states, self.output).float()
+
+    @torch.inference_mode()
+    def states(self, ids: Tensor) -> Tensor:
+        """Feed ``ids`` of shape (rows, new); returns the normed states after the last of them."""
         rows, new = ids.shape
         start, end = self.size, self.size + new
         self._reserve(end)
@@ -99,11 +108,7 @@ class BatchDecoder:
         angles = positions[:, None, :, None].float() * self.inverse_frequency
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(self.output.dtype), angles.sin().to(self.output.dtype)
-        columns = torch.arange(end)
-        seen = columns[None, None] <= places[None, :, None]
-        seen = seen & (columns[None, None] >= self.pad[:, None, None])
-        # A padding row attends to itself; its result is never used but must not become NaN.
-        mask = (seen | (columns[None, None] == places[None, :, None]))[:, None]
+        mask = self._mask(places)
         x = self.model.embed_tokens.weight[ids]
         for i, layer in enumerate(self.model.layers):
             attention, mlp = layer.self_attn, layer.mlp
@@ -113,13 +118,7 @@ class BatchDecoder:
             self.keys[i][:, :, start:end] = key
             value = self._heads_of(h, attention.v_proj.weight, self.kv_heads)
             self.values[i][:, :, start:end] = value
-            mixed = functional.scaled_dot_product_attention(
-                query,
-                self.keys[i][:, :, :end],
-                self.values[i][:, :, :end],
-                attn_mask=mask,
-                enable_gqa=True,
-            )
+            mixed = self._attend(query, self.keys[i][:, :, :end], self.values[i][:, :, :end], mask)
             mixed = mixed.transpose(1, 2).reshape(rows, new, -1)
             x = x + functional.linear(mixed, attention.o_proj.weight)
             h = _rms_norm(x, layer.post_attention_layernorm.weight, self.eps)
@@ -127,8 +126,32 @@ class BatchDecoder:
             up = functional.linear(h, mlp.up_proj.weight)
             x = x + functional.linear(gate * up, mlp.down_proj.weight)
         self.size = end
-        last = _rms_norm(x[:, -1], self.model.norm.weight, self.eps)
-        return functional.linear(last, self.output).float()
+        return _rms_norm(x[:, -1], self.model.norm.weight, self.eps)
+
+    def _mask(self, places: Tensor) -> Tensor:
+        """What the tokens at ``places`` see: (rows, 1, new, columns) up to the last of them, or of
+        one new token only the columns that may be padding."""
+        if len(places) == 1:
+            return (
+                torch.arange(int(self.pad.max()))[None, None, None] >= self.pad[:, None, None, None]
+            )
+        columns = torch.arange(int(places[-1]) + 1)
+        seen = columns[None, None] <= places[None, :, None]
+        seen = seen & (columns[None, None] >= self.pad[:, None, None])
+        # A padding row attends to itself; its result is never used but must not become NaN.
+        return (seen | (columns[None, None] == places[None, :, None]))[:, None]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attention of (rows, heads, new, head size) queries, masked as :meth:`_mask` says."""
+        rows, _, new, size = query.shape
+        if new > 1:
+            return functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, enable_gqa=True
+            )
+        # Nothing is copied for heads that share keys, nor for a mask as long as the context.
+        scores = (query.view(rows, self.kv_heads, -1, size) * size**-0.5) @ keys.transpose(2, 3)
+        scores[..., : mask.shape[-1]].masked_fill_(~mask, float("-inf"))
+        return (scores.softmax(-1) @ values).view(rows, self.heads, 1, size)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.srt.predictor.prompts import MIXES, PromptError
@@ -43,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=3000, help="prompts to run")
     add("--max-new-tokens", type=int, default=2048, help="longest output")
     add("--temperature", type=float, default=1.0, help="sampling temperature")
-    add("--at-once", type=int, default=48, help="requests under way at a time")
+    add("--at-once", type=int, default=None, help="requests under way at a time: 48, offline 512")
+    add("--offline", action="store_true", help="decode in this process, without a cluster: Llama")
     add("--seed", type=int, default=0, help="seed of prompts, answers and split")
 
     add = command("train", "train a head, and the arms it is compared with", train)
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of weights and batches")
     add("--epochs", type=int, default=100, help="most epochs")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--head-only", action="store_true", help="do not train the arms it is compared with")
     add("--ship-labels", type=int, default=0, help="put so many test labels beside the head")
 
     add = command("evaluate", "judge a head on its test split: tables, plots", evaluate)
@@ -65,24 +66,32 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="data set of another mix")
     add("--at-once", type=int, default=32, help="requests under way at a time")
     add("--json", type=Path, default=None, help="write the figures here")
+    add("--plot", type=Path, default=None, help="write a picture (.png) here")
     return main
 
 
 def collect(args: argparse.Namespace) -> None:
-    """Run prompts on a cluster that records its hidden states."""
-    from sglang_ares.srt.predictor.collect import Collection
+    """Run prompts on a cluster that records its hidden states, or in this process."""
+    what: dict[str, Any] = {
+        "model_path": args.model_path,
+        "source": args.prompts,
+        "requests": args.requests,
+        "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+    }
+    if args.offline:
+        import torch
 
-    collection = Collection(
-        args.out,
-        model_path=args.model_path,
-        source=args.prompts,
-        requests=args.requests,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        at_once=args.at_once,
-    )
-    collection.run(args.out / "cluster.log")
+        from sglang_ares.srt.predictor.offline import OfflineCollection
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        OfflineCollection(args.out, at_once=args.at_once or 512, **what).run()
+    else:
+        from sglang_ares.srt.predictor.collect import ClusterCollection
+
+        collection = ClusterCollection(args.out, at_once=args.at_once or 48, **what)
+        collection.run(args.out / "cluster.log")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -111,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
 
             return on_epoch
 
-        card = train_arms(args.data, args.out, plan, report)
+        card = train_arms(args.data, args.out, plan, report, compared=not args.head_only)
     if args.ship_labels:
         ship_test_split(args.out, args.data, args.ship_labels)
     Console().print(f"wrote {args.out}; MAE on the test split {card.metrics['test_mae']} tokens")
@@ -120,30 +129,11 @@ def train(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Print the figures of every arm; write them and a picture where asked."""
     from sglang_ares.bench.report import write_json
+    from sglang_ares.predictor.tables import print_report
     from sglang_ares.srt.predictor.evaluation import evaluate as judge
 
     report = judge(args.head, args.data)
-    test = report["test"]
-    table = Table(
-        title=f"{report['model']}: {test['requests']} test requests, {test['labels']} labels"
-    )
-    columns = ("arm", "parameters", "MAE", "median error", "≤ 50 %", "≤ 90 %", "MAE, longest 10 %")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for name, arm in report["arms"].items():
-        under = arm.get("calibration", {})
-        table.add_row(
-            name,
-            f"{arm['parameters']:,}" if "parameters" in arm else "",
-            f"{arm['mae']:.1f}",
-            f"{arm['median_absolute_error']:.1f}",
-            f"{under['0.5']:.1%}" if under else "",
-            f"{under['0.9']:.1%}" if under else "",
-            f"{arm['longest_10_percent']['mae']:.1f}",
-        )
-    console = Console()
-    console.print(table)
-    console.print("ours:", report["ours_compared"])
+    print_report(report, Console())
     if args.json:
         write_json(args.json, report)
     if args.plot:
@@ -165,19 +155,25 @@ def drift(args: argparse.Namespace) -> None:
         console.print(name, "MAE", arm["mae"], "calibration", arm["calibration"])
     if args.json:
         write_json(args.json, report)
+    if args.plot:
+        from sglang_ares.srt.predictor.plots import plot_drift
+
+        plot_drift(args.plot, report)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line entry point; returns the exit status."""
     from sglang_ares.srt.predictor.card import PredictorError
     from sglang_ares.srt.predictor.dataset import DatasetError
+    from sglang_ares.srt.predictor.identity import UnknownModelError
+    from sglang_ares.srt.predictor.offline import OfflineError
 
     args = parser().parse_args(argv)
     # One thread is enough for layers this small, and leaves the other cores to the cluster.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         args.run(args)
-    except (PredictorError, DatasetError, PromptError) as error:
+    except (PredictorError, DatasetError, PromptError, OfflineError, UnknownModelError) as error:
         print(f"python -m sglang_ares.predictor: {error}", file=sys.stderr)
         return 2
     return 0

@@ -40,9 +40,11 @@ ARMS_FILE: Final = "arms.npz"
 Report = Callable[[str], OnEpoch]
 
 
-def train_arms(folder: Path, out: Path, plan: TrainingPlan, report: Report) -> HeadCard:
-    """Train head and baselines on a data set and write them to ``out``. Parts that an interrupted
-    run has finished are read from there."""
+def train_arms(
+    folder: Path, out: Path, plan: TrainingPlan, report: Report, compared: bool = True
+) -> HeadCard:
+    """Train a head on a data set and write it to ``out``, with the arms that it is ``compared``
+    with. Parts that an interrupted run has finished are read from there."""
     info = load_info(folder)
     train, validation, test = (load_split(folder, split) for split in SPLITS)
     limit = info.max_new_tokens
@@ -65,30 +67,31 @@ def train_arms(folder: Path, out: Path, plan: TrainingPlan, report: Report) -> H
         save_head(part, head, info.model, smoothing=1.0, data=data, metrics={})
         return head
 
-    l1, head = trained("l1"), trained("quantile")
+    head = trained("quantile")
     weight, by_weight = choose_weight(predict(head, validation.states), validation, limit)
     head = calibrated(head, validation, weight, limit)
-    arms: dict[str, NDArray[np.float64]] = {
-        "mean": mean_arm(train, test),
-        "survival": survival_arm(train, test),
-    }
-    prompt_path = out / "parts" / "prompt_only.npz"
-    if prompt_path.exists() and np.load(prompt_path)["of"].tobytes().decode() == str(data):
-        kept = np.load(prompt_path)
-        arms["prompt_only"], parameters = kept["predicted"], int(kept["parameters"])
-    else:
+    parameters = {"ours": head.parameters}
+    if compared:
+        l1 = trained("l1")
         wanted = PromptModelPlan(int(np.ceil(PROMPT_ONLY_RATIO * head.parameters)), plan.seed)
-        model = train_prompt_model(wanted, train, validation, report("prompt_only"))
-        arms["prompt_only"], parameters = prompt_only_arm(model, test), model.parameters_count
-        np.savez(
-            prompt_path,
-            predicted=arms["prompt_only"],
-            parameters=parameters,
-            of=np.frombuffer(str(data).encode(), np.uint8),
+        part = out / "parts" / "prompt_only.npz"
+        prompt_only, parameters["prompt_only"] = _prompt_only(
+            part, wanted, str(data), train, validation, test, report
         )
-    arms["l1"] = predict(l1, test.states)[:, 0]
+        parameters["l1"] = l1.parameters
+        arms = {
+            "mean": mean_arm(train, test),
+            "survival": survival_arm(train, test),
+            "prompt_only": prompt_only,
+            "l1": predict(l1, test.states)[:, 0],
+        }
+        columns: dict[str, Any] = {name: v.astype(np.float32) for name, v in arms.items()}
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(out / ARMS_FILE, rows=test.rows, **columns)
+    else:
+        (out / ARMS_FILE).unlink(missing_ok=True)
     estimate = cap(smoothed(predict(head, test.states), test, weight), test, limit)
-    card = save_head(
+    return save_head(
         out,
         head,
         info.model,
@@ -97,12 +100,30 @@ def train_arms(folder: Path, out: Path, plan: TrainingPlan, report: Report) -> H
         metrics={
             "test_mae": round(median_error(estimate, test), 2),
             "validation_mae_by_smoothing": by_weight,
-            "parameters": {"ours": head.parameters, "l1": l1.parameters, "prompt_only": parameters},
+            "parameters": parameters,
         },
     )
-    columns: dict[str, Any] = {name: v.astype(np.float32) for name, v in arms.items()}
-    np.savez_compressed(out / ARMS_FILE, rows=test.rows, **columns)
-    return card
+
+
+def _prompt_only(
+    path: Path,
+    plan: PromptModelPlan,
+    of: str,
+    train: Labels,
+    validation: Labels,
+    test: Labels,
+    report: Report,
+) -> tuple[NDArray[np.float64], int]:
+    """Its predictions and parameters; read from ``path`` if they were made ``of`` the same."""
+    if path.exists():
+        with np.load(path) as kept:
+            if kept["of"].tobytes().decode() == of:
+                return kept["predicted"], int(kept["parameters"])
+    model = train_prompt_model(plan, train, validation, report("prompt_only"))
+    predicted = prompt_only_arm(model, test)
+    count = model.parameters_count
+    np.savez(path, predicted=predicted, parameters=count, of=np.frombuffer(of.encode(), np.uint8))
+    return predicted, count
 
 
 def our_arm(head: LengthHead, card: HeadCard, test: Labels, limit: int) -> NDArray[np.float64]:

@@ -85,15 +85,39 @@ class PromptModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def _padded(labels: Labels, vocabulary: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts ``(R, T)``, lengths ``(R,)`` and labels per request ``(R,)``."""
-    records = [(labels.requests[n], s.stop - s.start) for n, s in labels.by_request()]
-    ids = torch.full((len(records), longest), vocabulary)
-    for i, (record, _) in enumerate(records):
-        prompt = record.prompt_ids[-longest:]
+@dataclass(frozen=True)
+class _Requests:
+    """Prompts ``(R, T)``, lengths ``(R,)``, and where the labels lie: ``(R, most labels)`` tokens
+    generated, and whether there is such a label."""
+
+    ids: Tensor
+    lengths: Tensor
+    generated: Tensor
+    labelled: Tensor
+
+    def errors(self, rows: Tensor | slice, totals: Tensor) -> Tensor:
+        """``(rows, most labels)`` absolute errors of predicted totals; 0 where no label is."""
+        generated, lengths = self.generated[rows], self.lengths[rows, None]
+        left = (totals[:, None] - generated).relu()
+        # At the start a total below 0 must still be pulled up.
+        left = torch.where(generated > 0, left, totals[:, None])
+        return (left - (lengths - generated)).abs() * self.labelled[rows]
+
+
+def _requests(labels: Labels, vocabulary: int, longest: int) -> _Requests:
+    places = labels.by_request()
+    ids = torch.full((len(places), longest), vocabulary)
+    most = max(rows.stop - rows.start for _, rows in places)
+    generated = torch.zeros(len(places), most)
+    labelled = torch.zeros(len(places), most, dtype=torch.bool)
+    for i, (number, rows) in enumerate(places):
+        prompt = labels.requests[number].prompt_ids[-longest:]
         ids[i, : len(prompt)] = torch.tensor(prompt)
-    lengths = torch.tensor([float(r.length) for r, _ in records])
-    return ids, lengths, torch.tensor([float(n) for _, n in records])
+        own = labels.generated[rows]
+        generated[i, : len(own)] = torch.from_numpy(own)
+        labelled[i, : len(own)] = True
+    lengths = torch.from_numpy(request_lengths(labels)).float()
+    return _Requests(ids, lengths, generated, labelled)
 
 
 def train_prompt_model(
@@ -102,8 +126,9 @@ def train_prompt_model(
     validation: Labels,
     on_epoch: OnEpoch | None = None,
 ) -> PromptModel:
-    """Trained with L1 on the length. Each request weighs as many labels as it has, as in the
-    evaluation: that is what this arm can best do there."""
+    """Trained on what it is judged on: the mean over all labels of the absolute error of the
+    predicted length less the tokens generated, not below 0. (L1 on the length, which punishes
+    a length that a label has already passed, would leave it far worse than the mean.)"""
     records = [*train.requests.values(), *validation.requests.values()]
     vocabulary = 1 + max(max(r.prompt_ids) for r in records)
     longest = min(512, max(len(r.prompt_ids) for r in records))
@@ -113,25 +138,26 @@ def train_prompt_model(
         model := PromptModel(vocabulary, width, 2, longest)
     ).parameters_count < plan.least_parameters:
         width += 32
-    data = _padded(train, vocabulary, longest)
-    held_out = _padded(validation, vocabulary, longest)
-    nn.init.constant_(model.out[1].bias, float(data[1].median()) / _UNIT)
+    data = _requests(train, vocabulary, longest)
+    held_out = _requests(validation, vocabulary, longest)
+    nn.init.constant_(model.out[1].bias, float(data.lengths.median()) / _UNIT)
+    labels_each = len(train) / len(data.ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(plan.seed)
     best, best_error, since = copy.deepcopy(model.state_dict()), float("inf"), 0
     for epoch in range(plan.epochs):
         model.train()
-        for rows in torch.randperm(len(data[0]), generator=generator).split(plan.batch):
-            ids, lengths, weight = (t[rows] for t in data)
-            loss = ((model(ids) - lengths / _UNIT).abs() * weight).sum() / weight.sum()
+        for rows in torch.randperm(len(data.ids), generator=generator).split(plan.batch):
+            errors = data.errors(rows, model(data.ids[rows]) * _UNIT)
+            loss = errors.sum() / (labels_each * len(rows) * _UNIT)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         model.eval()
         with torch.inference_mode():
-            off = (model(held_out[0]) * _UNIT - held_out[1]).abs()
-            error = float((off * held_out[2]).sum() / held_out[2].sum())
+            off = held_out.errors(slice(None), _totals(model, held_out.ids))
+            error = float(off.sum() / held_out.labelled.sum())
         since += 1
         if error < best_error:
             best, best_error, since = copy.deepcopy(model.state_dict()), error, 0
@@ -143,11 +169,16 @@ def train_prompt_model(
     return model.eval()
 
 
+def _totals(model: PromptModel, ids: Tensor) -> Tensor:
+    """``(R,)`` predicted lengths, tokens."""
+    return torch.cat([model(part) for part in ids.split(256)]) * _UNIT
+
+
 @torch.inference_mode()
 def prompt_only_arm(model: PromptModel, test: Labels) -> Floats:
     """``(N,)`` the predicted length less the tokens generated; not below 0."""
     vocabulary, longest = int(model.token.padding_idx or 0), model.place.num_embeddings
-    ids, _, counts = _padded(test, vocabulary, longest)
-    totals = torch.cat([model(part) for part in ids.split(256)]).double().numpy() * _UNIT
-    spread = np.repeat(totals, counts.long().numpy())
+    data = _requests(test, vocabulary, longest)
+    totals = _totals(model, data.ids).double().numpy()
+    spread = np.repeat(totals, data.labelled.sum(1).numpy())
     return np.maximum(spread - test.generated, 0.0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import msgspec
 import numpy as np
@@ -183,7 +184,13 @@ def save_labels(path: Path, labels: Labels) -> None:
 
 
 def load_labels(path: Path) -> Labels:
-    """What :func:`save_labels` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        records = msgspec.json.decode(file["requests"].tobytes(), type=list[RequestRecord])
-        return Labels(file["states"], file["rows"], {r.request: r for r in records})
+    """What :func:`save_labels` wrote; raises :class:`DatasetError`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            records = msgspec.json.decode(file["requests"].tobytes(), type=list[RequestRecord])
+            return Labels(file["states"], file["rows"], {r.request: r for r in records})
+    except (OSError, KeyError, ValueError, BadZipFile, msgspec.MsgspecError) as error:
+        raise DatasetError(
+            f"{path} holds no test split ({error}): name a data set with --data, or train with "
+            "--ship-labels."
+        ) from None

@@ -3,6 +3,7 @@ online correction."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +17,11 @@ from sglang_ares.srt.predictor.estimate import keeps_trail_at
 from sglang_ares.srt.predictor.evaluation import judge
 from sglang_ares.srt.predictor.head import Floats, LengthHead
 from sglang_ares.srt.predictor.smoothing import in_waves, smoothed
-from sglang_ares.srt.predictor.training import cap, predict
+from sglang_ares.srt.predictor.training import cap, median_error, predict
 
 _MEDIAN: Final = LEVELS.index(0.5)
+# Parts of equally many requests, in order, whose errors are told one by one.
+_PARTS: Final = 12
 
 
 def corrected(predicted: Floats, labels: Labels, weight: float, limit: int, at_once: int) -> Floats:
@@ -62,8 +65,22 @@ def judge_drift(
         "tested_on": load_info(folder).prompts,
         "requests": len(labels.requests),
         "at_once": at_once,
+        "in_order": _in_order(labels, {"uncorrected": plain, "corrected": learnt}),
         **{
             name: judge(labels, np.concatenate([q[:, _MEDIAN : _MEDIAN + 1], q], axis=1))
             for name, q in (("uncorrected", plain), ("corrected", learnt))
         },
     }
+
+
+def _in_order(labels: Labels, estimates: dict[str, Floats]) -> list[dict[str, Any]]:
+    """MAE of successive parts of the requests: how fast the correction learns."""
+    places = [rows for _, rows in labels.by_request()]
+    edges = np.linspace(0, len(places), min(_PARTS, len(places)) + 1).astype(int).tolist()
+    result = []
+    for first, end in pairwise(edges):
+        rows = slice(places[first].start, places[end - 1].stop)
+        part = Labels(labels.states[rows], labels.rows[rows], labels.requests)
+        errors = {f"mae_{n}": round(median_error(q[rows], part), 2) for n, q in estimates.items()}
+        result.append({"from_request": first, "below": end, "labels": len(part), **errors})
+    return result

@@ -41,12 +41,18 @@ def load_test(head_folder: Path, data: Path | None) -> tuple[Labels, Predictions
     if data is not None:
         limit = load_info(data).max_new_tokens
     arms: Predictions = {}
-    with np.load(head_folder / ARMS_FILE) as file:
+    path = head_folder / ARMS_FILE
+    if not path.exists():
+        raise DatasetError(
+            f"{path} is missing: this head was trained without the arms it is compared with. Train "
+            "it anew, without --head-only."
+        )
+    with np.load(path) as file:
         place = {(int(r["request"]), int(r["generated"])): i for i, r in enumerate(file["rows"])}
         wanted = [(int(r["request"]), int(r["generated"])) for r in test.rows]
         if not all(key in place for key in wanted):
             raise DatasetError(
-                f"{head_folder / ARMS_FILE} has predictions for other requests than the test "
+                f"{path} has predictions for other requests than the test "
                 "split's: train anew on this data set."
             )
         order = [place[key] for key in wanted]
@@ -61,18 +67,16 @@ def load_test(head_folder: Path, data: Path | None) -> tuple[Labels, Predictions
 
 
 def ship_test_split(head_folder: Path, data: Path, rows: int) -> None:
-    """Write a small test split beside a head: whole requests in order, up to ``rows`` labels."""
+    """Write a part of the test split beside a head: about ``rows`` labels of whole requests, evenly
+    spaced when all are ordered by length, so that its lengths are spread as the whole split's."""
     test = load_split(data, "test")
-    places = test.by_request()
-    end = max((s.stop for _, s in places if s.stop <= rows), default=len(test))
-    numbers = [n for n, s in places if s.stop <= end]
-    save_labels(
-        head_folder / SHIPPED_SPLIT,
-        Labels(test.states[:end], test.rows[:end], {n: test.requests[n] for n in numbers}),
-    )
-    with np.load(head_folder / ARMS_FILE) as file:
-        kept = {name: file[name][:end] for name in file.files}
-    np.savez_compressed(head_folder / ARMS_FILE, **kept)
+    places = sorted(test.by_request(), key=lambda place: place[1].stop - place[1].start)
+    count = max(1, round(len(places) * min(1.0, rows / len(test))))
+    spaced = ((np.arange(count) + 0.5) * len(places) / count).astype(int)
+    chosen = sorted((places[i] for i in spaced), key=lambda place: place[1].start)
+    kept = np.concatenate([np.arange(s.start, s.stop) for _, s in chosen])
+    records = {number: test.requests[number] for number, _ in chosen}
+    save_labels(head_folder / SHIPPED_SPLIT, Labels(test.states[kept], test.rows[kept], records))
 
 
 def judge(test: Labels, predicted: NDArray[np.float64]) -> dict[str, Any]:

@@ -61,6 +61,37 @@ def plot_errors(path: Path, report: Mapping[str, Any]) -> None:
     plt.close(figure)
 
 
+_DRIFT: Final = (("uncorrected", "#cc6677"), ("corrected", "#117733"))
+
+
+def plot_drift(path: Path, report: Mapping[str, Any]) -> None:
+    """MAE with and without the online correction: over the requests' order, and by tokens
+    generated so far."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9))
+    parts = report["in_order"]
+    bins = report["corrected"]["by_generated"]
+    for name, color in _DRIFT:
+        ends = [part["below"] for part in parts]
+        left.plot(ends, [part[f"mae_{name}"] for part in parts], "o-", color=color, label=name)
+        errors = [b["mae"] for b in report[name]["by_generated"]]
+        right.plot(range(len(bins)), errors, "o-", color=color, label=name)
+    left.set_xlabel("requests that have come so far")
+    right.set_xticks(range(len(bins)), [_range(b) for b in bins], rotation=30, ha="right")
+    right.set_xlabel("output tokens generated when predicted")
+    for axis in (left, right):
+        axis.set_ylabel("MAE of the remaining length (tokens)")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False)
+    trained, tested = report["trained_on"], report["tested_on"]
+    figure.suptitle(
+        f"Head trained on {trained!r}, {report['requests']} requests of {tested!r}", fontsize=11
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _range(b: Mapping[str, Any]) -> str:
     return f"{b['from']}–{b['below'] - 1}" if b["below"] < 1 << 30 else f"{b['from']}–"
 
