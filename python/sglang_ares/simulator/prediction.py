@@ -3,6 +3,7 @@ the truth with an error."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated, Protocol
@@ -118,6 +119,13 @@ class Prior(NoPrediction):
 _Words = NDArray[np.uint64]
 
 
+@cache
+def _normal_numbers() -> Floats:
+    """Standard normal draws by the low 16 bits of a hash: quicker than a transform."""
+    size, normal = 1 << 16, NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / size) for i in range(size)])
+
+
 class Noisy(Prior):
     """The truth with the error of an :class:`ErrorModel`; quantiles as wide as that error.
 
@@ -130,11 +138,8 @@ class Noisy(Prior):
         self._model = model
         self._scale = scale
         self._key = np.random.default_rng(seed).integers(1, 2**63, dtype=np.uint64)
-        # Standard normal draws by the low 16 bits of a hash: quicker than a transform.
-        size = 1 << 16
-        normal = NormalDist()
-        self._normal: Floats = np.array([normal.inv_cdf((i + 0.5) / size) for i in range(size)])
-        self._widths = np.array([normal.inv_cdf(level) for level in LEVELS])
+        self._normal = _normal_numbers()
+        self._widths = np.array([NormalDist().inv_cdf(level) for level in LEVELS])
 
     def remaining(self, requests: Ints, output_tokens: Ints, remaining: Ints) -> Floats:
         model = self._model

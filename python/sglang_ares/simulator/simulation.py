@@ -19,6 +19,7 @@ from sglang_ares.simulator.prediction import predictor_of
 from sglang_ares.simulator.prefill_pool import PrefillPool
 from sglang_ares.simulator.request_log import RequestLog
 from sglang_ares.simulator.result import Result
+from sglang_ares.simulator.verdict import Verdict
 from sglang_ares.simulator.view import DecodeView
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.snapshot import Ints
@@ -46,7 +47,8 @@ class Simulation:
         self._decode = DecodePool(config, log, events)
         self._migrations = Migrations(config, log, events, self._decode)
         self._decode.on_gone = self._migrations.cancel
-        self._decode.on_finished = self._predictor.observe
+        self._decode.on_finished = self._finished
+        self._verdict: Verdict | None = None
         self._view = DecodeView(config, log, self._decode, self._migrations, self._predictor)
         self._place = PLACEMENT.get(config.placement)
         self._plan = RESCHEDULING.get(config.rescheduling)
@@ -57,8 +59,10 @@ class Simulation:
         last = float(stream.arrival_s[-1]) if len(stream) else 0.0
         self._sample_interval_s = config.sample_interval_s or max(last / _SAMPLES, 1e-3)
 
-    def run(self, progress: Progress | None = None) -> Result:
-        """Simulate; the same result for the same arguments, but for the time taken."""
+    def run(self, progress: Progress | None = None, verdict: Verdict | None = None) -> Result:
+        """Simulate; the same result for the same arguments, but for the time taken. With a
+        ``verdict`` only until it is decided: what has not happened by then is NaN."""
+        self._verdict = verdict
         started, cpu_started = time.perf_counter(), time.process_time()
         # Nothing here is cyclic, and there are millions of small objects to look at.
         collecting = gc.isenabled()
@@ -74,6 +78,7 @@ class Simulation:
         config, events, log = self._config, self._events, self._log
         heap, arrivals = events.heap, log.arrival_s
         count, arrived = len(arrivals), 0
+        verdict = self._verdict
         if config.rescheduling != "none":
             events.push(config.reschedule_interval_s, ROUND)
         events.push(0.0, SAMPLE_EVENT)
@@ -91,7 +96,7 @@ class Simulation:
                 if progress is not None and (arrived % _PROGRESS_EVERY == 0 or arrived == count):
                     progress(arrived)
                 continue
-            if not log.unfinished or not heap:
+            if not log.unfinished or not heap or (verdict is not None and verdict.decided):
                 break
             now, _, kind, x, y = heappop(heap)
             events.now = now
@@ -121,6 +126,8 @@ class Simulation:
         if prompt + output > self._config.profile.kv_capacity_tokens:
             log.rejected.append(request)
             log.unfinished -= 1
+            if self._verdict is not None:
+                self._verdict.rejected(log.arrival_s[request])
             return
         remaining = self._predictor.at_arrival(output)
         new = NewRequest(prompt_tokens=prompt, sequence=request, remaining=remaining)
@@ -128,6 +135,12 @@ class Simulation:
         self._view.note_dispatch(request, row, remaining)
         if self._decode.dispatch(request, row):
             self._prefill.add(request)
+
+    def _finished(self, request: int) -> None:
+        """A request has all its tokens."""
+        self._predictor.observe(self._log.wanted[request])
+        if self._verdict is not None:
+            self._verdict.ended(request, self._log)
 
     def _round(self, now: float) -> None:
         """Let the policy plan, and begin what it planned."""
