@@ -85,10 +85,10 @@ def run_cell(cell: Cell, arms: list[str], args: argparse.Namespace, rows: list[R
 
 
 def cells(args: argparse.Namespace) -> Iterable[Cell]:
-    """The grid, small cells first."""
+    """The grid, in the order of the arguments."""
     for workers in args.workers:
-        for concurrency in args.concurrency:
-            for cv in args.cv:
+        for cv in args.cv:
+            for concurrency in args.concurrency:
                 yield Cell(concurrency, cv, workers)
 
 
@@ -101,7 +101,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--cv", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--profile", default="h200-qwen2.5-7b")
+    parser.add_argument("--profile", default="h200-llama2-7b")
     parser.add_argument("--kv", type=float, default=1.3, help="KV memory over mean resident tokens")
     parser.add_argument(
         "--precision", type=float, default=0.03, help="of the goodput: ratio of rates, less 1"
