@@ -28,6 +28,8 @@ ARMS = {
 }
 SHARES = (0.9, 0.99)
 TTFT_SLO_MS = 2000.0
+# What admission leaves free for each request, upstream's default.
+RESERVED_TOKENS = 512
 # The SLO for TPOT, as a multiple of the step at mean load.
 TPOT_SLO = 1.5
 
@@ -65,10 +67,12 @@ def mean_load(lengths: RequestStream, concurrency: float, base: Profile) -> Mean
 def cluster_under(
     load: MeanLoad, base: Profile, *, workers: int, kv: float, longest: int, **changes: Any
 ) -> SimulationConfig:
-    """``workers`` decode workers with KV memory for ``kv`` times the mean load, and for the longest
-    request in any case; placement and rescheduling are the arm's."""
-    capacity = int(max(kv * load.tokens, 1.1 * longest))
+    """``workers`` decode workers with KV memory for ``kv`` times what the mean load holds and has
+    reserved, and for the longest request in any case; placement and rescheduling are the arm's."""
+    held = load.tokens + RESERVED_TOKENS * load.concurrency
+    capacity = int(max(kv * held, 1.1 * longest))
     settings: dict[str, Any] = {
+        "reserved_tokens": RESERVED_TOKENS,
         "prefill_workers": max(2, workers // 2),
         "decode_workers": workers,
         "profile": msgspec.structs.replace(base, kv_capacity_tokens=capacity),

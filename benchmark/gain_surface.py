@@ -2,10 +2,11 @@
 
 Simulated, with the policies the controller runs. A cell is a mean concurrency per decode worker, a
 coefficient of variation of output lengths, and a number of workers; its KV memory is ``--kv`` times
-what a worker holds on average, so that memory runs short where load is uneven. Every arm gets the
-same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and 99 % attainment, on
-a lattice of rates that all arms share (neighbours differ by ``--precision``). Results are appended
-arm by arm; started again with the same ``--json`` it goes on where it stopped.
+what a worker holds and has reserved on average, so that memory runs short where load is uneven.
+Every arm gets the same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and
+99 % attainment, on a lattice of rates that all arms share (neighbours differ by ``--precision``).
+Results are written cell by cell; started again with the same ``--json`` it goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def main() -> int:
     parser.add_argument("--cv", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--profile", default="h200-llama2-7b")
-    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over mean resident tokens")
+    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
     parser.add_argument(
         "--precision", type=float, default=0.03, help="of the goodput: ratio of rates, less 1"
     )

@@ -134,18 +134,18 @@ def slow(profile: Profile) -> Profile:
 
 SCENARIOS = {
     "plenty of memory": Scenario(steady),
-    "memory nearly full": Scenario(lambda seed: steady(seed, kv=1.25, cv=1.0, longest=8192)),
+    "memory nearly full": Scenario(lambda seed: steady(seed, kv=1.0, cv=1.0, longest=8192)),
     "few long requests": Scenario(
         lambda seed: steady(seed, workers=4, concurrency=4, mean=6000, cv=1.0, kv=2.0)
     ),
     "bursts of long requests": Scenario(bursts),
     "slow links, long pauses": Scenario(lambda seed: steady(seed, profile=slow)),
     "slow links, memory nearly full": Scenario(
-        lambda seed: steady(seed, profile=slow, kv=1.25, cv=1.0, longest=8192)
+        lambda seed: steady(seed, profile=slow, kv=1.0, cv=1.0, longest=8192)
     ),
     "moves for balance": Scenario(steady, thresholds=(0.03, 0.1, 0.3)),
     "placement alone, bursty arrivals": Scenario(
-        lambda seed: steady(seed, kv=1.3, cv=1.5, arrival_cv=4.0), placing=True
+        lambda seed: steady(seed, kv=1.1, cv=1.5, arrival_cv=4.0), placing=True
     ),
 }
 
