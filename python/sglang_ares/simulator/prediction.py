@@ -13,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from sglang_ares.profiles.json_errors import described
 from sglang_ares.srt.policy.length_prior import LengthPrior
 from sglang_ares.srt.policy.snapshot import Floats, Ints
 from sglang_ares.srt.policy.types import LEVELS, Remaining
@@ -46,11 +47,15 @@ class ErrorModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def load_error_model(path: str | Path) -> ErrorModel:
-    """An error model from a JSON file; :class:`ValueError` names the file and the field."""
+    """An error model from a JSON file; :class:`ValueError` names the file, line and field."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=ErrorModel)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"error model {path}: {error}") from None
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"error model {path}: cannot be read: {error.strerror}") from None
+    try:
+        return msgspec.json.decode(text, type=ErrorModel)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"error model {path}, {described(error, text)}") from None
 
 
 class Predictor(Protocol):
