@@ -5,7 +5,7 @@ coefficient of variation of output lengths, and a number of workers; its KV memo
 what a worker holds and has reserved on average, so that memory runs short where load is uneven.
 Every arm gets the same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and
 99 % attainment, on a lattice of rates that all arms share (neighbours differ by ``--precision``).
-Results are written cell by cell; started again with the same ``--json`` it goes on where it
+Results are written as they come; started again with the same ``--json`` it goes on where it
 stopped.
 """
 
@@ -45,10 +45,10 @@ class Cell:
     cv: float
     workers: int
 
-
-def key(cell: Cell) -> tuple[int, float, int]:
-    """What rows know a cell by."""
-    return cell.concurrency, cell.cv, cell.workers
+    @property
+    def key(self) -> Row:
+        """What its rows have in common."""
+        return {"workers": self.workers, "concurrency": self.concurrency, "cv": self.cv}
 
 
 def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
@@ -72,16 +72,14 @@ def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, Reque
     return config, stream
 
 
-def run_cell(cell: Cell, arms: list[str], args: argparse.Namespace, rows: list[Row]) -> list[Row]:
-    """The missing arms of a cell, of which ``rows`` are there."""
+def run_cell(cell: Cell, arms: list[str], args: argparse.Namespace, near: Row | None) -> list[Row]:
+    """Some arms of a cell, one after the other; ``near``: a row of another arm, if there is one."""
     config, stream = scene(cell, args)
     cv = float(stream.output_tokens.std() / stream.output_tokens.mean())
-    here = {"workers": cell.workers, "concurrency": cell.concurrency, "cv": cell.cv}
-    near = next((r for r in reversed(rows) if here.items() <= r.items()), None)
     new: list[Row] = []
     for arm in arms:
         near = measure(config, stream, arm, precision=args.precision, near=near)
-        new.append(here | {"cv_drawn": round(cv, 3)} | near)
+        new.append(cell.key | {"cv_drawn": round(cv, 3)} | near)
     return new
 
 
@@ -112,24 +110,35 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     rows = read_rows(args.json)
-    done = {(r["concurrency"], r["cv"], r["workers"], r["arm"]) for r in rows}
-    todo = [(c, [a for a in args.arms if (*key(c), a) not in done]) for c in cells(args)]
-    todo = [(cell, arms) for cell, arms in todo if arms]
+    todo: list[tuple[Cell, list[str], Row | None]] = []
+    for cell in cells(args):
+        here = [r for r in rows if cell.key.items() <= r.items()]
+        arms = [arm for arm in args.arms if all(r["arm"] != arm for r in here)]
+        if arms:
+            todo.append((cell, arms, here[-1] if here else None))
     settings = {name: getattr(args, name) for name in ("profile", "kv", "precision", "seed")} | {
         "output_mean": OUTPUT_MEAN,
         "lifetimes": LIFETIMES,
     }
+    bar = tqdm(total=sum(len(arms) for _, arms, _ in todo), unit="arm")
+
+    def keep(new: list[Row]) -> None:
+        rows.extend(new)
+        write_rows(args.json, settings, rows)
+        bar.update(len(new))
+
+    if args.processes == 1:
+        for cell, arms, near in todo:
+            for arm in arms:
+                new = run_cell(cell, [arm], args, near)
+                near = new[-1]
+                keep(new)
+        return 0
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(args.processes, mp_context=context) as pool,
-        tqdm(total=sum(len(arms) for _, arms in todo), unit="arm") as bar,
-    ):
-        running = [pool.submit(run_cell, cell, arms, args, rows) for cell, arms in todo]
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        running = [pool.submit(run_cell, cell, arms, args, near) for cell, arms, near in todo]
         for future in as_completed(running):
-            new = future.result()
-            rows += new
-            bar.update(len(new))
-            write_rows(args.json, settings, rows)
+            keep(future.result())
     return 0
 
 

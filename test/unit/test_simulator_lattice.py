@@ -84,6 +84,12 @@ def test_a_rejected_request_counts_as_missed() -> None:
     assert try_rate(config, stream, 0.1).attainment < 0.9
 
 
+def test_the_same_requests_count_at_every_rate() -> None:
+    """A warm-up that stood still would swallow the whole stream at a high rate, and all be well."""
+    config, stream = cluster()
+    assert try_rate(config, stream, 100 * stream.rate).attainment < 0.5
+
+
 def test_arms_share_the_rates() -> None:
     """The rate found is on the lattice, meets the share, and the next one does not."""
     config, stream = cluster()

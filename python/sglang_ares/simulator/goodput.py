@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from sglang_ares.bench.workloads.stream import RequestStream
@@ -53,8 +53,12 @@ def try_rate(
     config: SimulationConfig, stream: RequestStream, rate: float, share: float | None = None
 ) -> Point:
     """Simulate ``stream`` with its timestamps scaled to ``rate``; with a ``share`` only until it is
-    certain whether so many requests meet both SLOs."""
-    scaled = stream.scaled(stream.rate / rate)
+    certain whether so many requests meet both SLOs.
+
+    The warm-up is scaled too: the same requests count at every rate."""
+    factor = stream.rate / rate
+    scaled = stream.scaled(factor)
+    config = replace(config, warmup_s=config.warmup_s * factor)
     verdict = Verdict(config, scaled, share) if share is not None else None
     result = Simulation(config, scaled).run(verdict=verdict)
     summary = result.summary()
