@@ -2,48 +2,39 @@
 
 Simulated, with the policies the controller runs. A cell is a mean concurrency per decode worker, a
 coefficient of variation of output lengths, and a number of workers; its KV memory is ``--kv`` times
-what a worker holds on average, so that memory runs short where load is uneven. Every arm gets the
-same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and 99 % attainment by
-bisection over the rate. Results are appended cell by cell; started again with the same ``--json``
-it goes on where it stopped.
+what a worker holds and has reserved on average, so that memory runs short where load is uneven.
+Every arm gets the same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and
+99 % attainment, on a lattice of rates that all arms share (neighbours differ by ``--precision``).
+Results are written as they come; started again with the same ``--json`` it goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import msgspec
 from tqdm import tqdm
 
+from gain_arms import ARMS, Row, cluster_under, mean_load, measure, read_rows, write_rows
 from sglang_ares.bench.workloads.stream import RequestStream
 from sglang_ares.bench.workloads.synthetic import CAP_TOKENS, lognormal
-from sglang_ares.profiles.profile import Profile, load_profile
+from sglang_ares.profiles.profile import load_profile
 from sglang_ares.simulator import SimulationConfig
-from sglang_ares.simulator.goodput import goodput, try_rate
 
-# Name: placement, rescheduling, prediction.
-ARMS = {
-    "round_robin": ("round_robin", "none", "none"),
-    "least_tokens": ("least_tokens", "none", "none"),
-    "reactive": ("least_tokens", "reactive", "none"),
-    "star": ("least_tokens", "star", "noisy"),
-    "ares": ("least_tokens", "ares", "noisy"),
-    "oracle": ("least_tokens", "oracle", "true"),
-}
 OUTPUT_MEAN = 2000.0
 # The cut lowers what a cell calls its cv; rows have the cv that was drawn. Memory holds the longest
 # request in any case, so that small cells feel less pressure.
 LONGEST = CAP_TOKENS
-# A cell simulates this many mean lifetimes of a request, the first of them to warm up.
-LIFETIMES, WARM_UP = 14, 4
+# A cell simulates this many mean lifetimes of a request, the first of them to warm up. More workers
+# see enough requests in less time.
+LIFETIMES: dict[int, tuple[int, int]] = {8: (14, 4), 64: (6, 2)}
 
 
 @dataclass(frozen=True)
@@ -54,77 +45,49 @@ class Cell:
     cv: float
     workers: int
 
+    @property
+    def key(self) -> Row:
+        """What its rows have in common."""
+        return {"workers": self.workers, "concurrency": self.concurrency, "cv": self.cv}
 
-def scene(
-    cell: Cell, base: Profile, kv: float, seed: int
-) -> tuple[SimulationConfig, RequestStream]:
-    """The cluster and the requests of a cell; placement and rescheduling are the arm's.
 
-    By Little's law ``rate = workers * concurrency / (mean length * step time)``. The TPOT SLO is
-    1.5 times the step at mean load, the TTFT SLO 2 s.
-    """
-    probe = lognormal(
-        rate=100.0, duration_s=1000.0, seed=99, output_mean=OUTPUT_MEAN, output_cv=cell.cv,
-        cap=LONGEST,
-    )  # fmt: skip
-    lengths = probe.output_tokens.astype(float)
-    # Seen at a random moment, a request of length L is there with probability ~ L, half done.
-    resident = float((lengths * (probe.prompt_tokens.mean() + lengths / 2)).sum() / lengths.sum())
-    tokens = cell.concurrency * resident
-    step_ms = base.decode.ms(cell.concurrency, tokens)
-    lifetime_s = lengths.mean() * step_ms / 1000
-    capacity = int(max(kv * tokens, 1.1 * LONGEST))
-    config = SimulationConfig(
-        prefill_workers=max(2, cell.workers // 2),
-        decode_workers=cell.workers,
-        profile=msgspec.structs.replace(base, kv_capacity_tokens=capacity),
-        ttft_slo_ms=2000.0,
-        tpot_slo_ms=1.5 * step_ms,
-        warmup_s=WARM_UP * lifetime_s,
-        seed=seed,
+def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
+    """The cluster and the requests of a cell."""
+    drawn = partial(lognormal, output_mean=OUTPUT_MEAN, output_cv=cell.cv, cap=LONGEST)
+    base = load_profile(args.profile)
+    load = mean_load(drawn(rate=100.0, duration_s=1000.0, seed=99), cell.concurrency, base)
+    lifetimes, warm_up = LIFETIMES[max(w for w in LIFETIMES if w <= max(8, cell.workers))]
+    config = cluster_under(
+        load,
+        base,
+        workers=cell.workers,
+        kv=args.kv,
+        longest=LONGEST,
+        warmup_s=warm_up * load.lifetime_s,
+        seed=args.seed,
     )
-    stream = lognormal(
-        rate=cell.workers * cell.concurrency / lifetime_s,
-        duration_s=LIFETIMES * lifetime_s,
-        seed=seed,
-        output_mean=OUTPUT_MEAN,
-        output_cv=cell.cv,
-        cap=LONGEST,
+    stream = drawn(
+        rate=cell.workers * load.rate, duration_s=lifetimes * load.lifetime_s, seed=args.seed
     )
     return config, stream
 
 
-def run_arm(cell: Cell, arm: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One arm of one cell."""
-    placement, rescheduling, prediction = ARMS[arm]
-    config, stream = scene(cell, load_profile(args.profile), args.kv, args.seed)
-    config = replace(config, placement=placement, rescheduling=rescheduling, prediction=prediction)
-    equal = try_rate(config, stream, stream.rate)
-    found = goodput(config, stream, precision=args.precision)
-    return {
-        "concurrency": cell.concurrency,
-        "cv": cell.cv,
-        "workers": cell.workers,
-        "arm": arm,
-        "requests": len(stream),
-        "cv_drawn": float(stream.output_tokens.std() / stream.output_tokens.mean()),
-        "rate": stream.rate,
-        "tpot_slo_ms": config.tpot_slo_ms,
-        "tpot_p99_ms": equal.tpot_p99_ms,
-        "attainment": equal.attainment,
-        "migrations": equal.migrations,
-        "moved_tokens": equal.moved_tokens,
-        "retractions": equal.retractions,
-        "goodput_90": found.rate[0.9],
-        "goodput_99": found.rate[0.99],
-    }
+def run_cell(cell: Cell, arms: list[str], args: argparse.Namespace, near: Row | None) -> list[Row]:
+    """Some arms of a cell, one after the other; ``near``: a row of another arm, if there is one."""
+    config, stream = scene(cell, args)
+    cv = float(stream.output_tokens.std() / stream.output_tokens.mean())
+    new: list[Row] = []
+    for arm in arms:
+        near = measure(config, stream, arm, precision=args.precision, near=near)
+        new.append(cell.key | {"cv_drawn": round(cv, 3)} | near)
+    return new
 
 
 def cells(args: argparse.Namespace) -> Iterable[Cell]:
-    """The grid, small cells first."""
+    """The grid, in the order of the arguments."""
     for workers in args.workers:
-        for concurrency in args.concurrency:
-            for cv in args.cv:
+        for cv in args.cv:
+            for concurrency in args.concurrency:
                 yield Cell(concurrency, cv, workers)
 
 
@@ -137,30 +100,45 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--cv", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--profile", default="h200-qwen2.5-7b")
-    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over mean resident tokens")
-    parser.add_argument("--precision", type=float, default=0.03, help="of the goodput, as a ratio")
+    parser.add_argument("--profile", default="h200-llama2-7b")
+    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
+    parser.add_argument(
+        "--precision", type=float, default=0.03, help="of the goodput: ratio of rates, less 1"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    rows = json.loads(args.json.read_text())["rows"] if args.json.exists() else []
-    done = {(r["concurrency"], r["cv"], r["workers"], r["arm"]) for r in rows}
-    todo = [
-        (cell, arm)
-        for cell in cells(args)
-        for arm in args.arms
-        if (cell.concurrency, cell.cv, cell.workers, arm) not in done
-    ]
+    rows = read_rows(args.json)
+    todo: list[tuple[Cell, list[str], Row | None]] = []
+    for cell in cells(args):
+        here = [r for r in rows if cell.key.items() <= r.items()]
+        arms = [arm for arm in args.arms if all(r["arm"] != arm for r in here)]
+        if arms:
+            todo.append((cell, arms, here[-1] if here else None))
     settings = {name: getattr(args, name) for name in ("profile", "kv", "precision", "seed")} | {
-        "output_mean": OUTPUT_MEAN
+        "output_mean": OUTPUT_MEAN,
+        "lifetimes": LIFETIMES,
     }
+    bar = tqdm(total=sum(len(arms) for _, arms, _ in todo), unit="arm")
+
+    def keep(new: list[Row]) -> None:
+        rows.extend(new)
+        write_rows(args.json, settings, rows)
+        bar.update(len(new))
+
+    if args.processes == 1:
+        for cell, arms, near in todo:
+            for arm in arms:
+                new = run_cell(cell, [arm], args, near)
+                near = new[-1]
+                keep(new)
+        return 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        running = [pool.submit(run_arm, cell, arm, args) for cell, arm in todo]
-        for future in tqdm(as_completed(running), total=len(running), unit="arm"):
-            rows.append(future.result())
-            args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+        running = [pool.submit(run_cell, cell, arms, args, near) for cell, arms, near in todo]
+        for future in as_completed(running):
+            keep(future.result())
     return 0
 
 

@@ -122,7 +122,7 @@ def workload(args: argparse.Namespace) -> RequestStream:
 def simulate_with_progress(
     config: SimulationConfig, stream: RequestStream, console: Console
 ) -> Result:
-    """Run, with a bar over the requests that have arrived."""
+    """Run, with a bar over the requests that have ended."""
     bar = Progress(
         TextColumn("simulating"),
         BarColumn(),

@@ -246,9 +246,11 @@ def test_error_models_from_files(tmp_path: Path) -> None:
     path = tmp_path / "error.json"
     path.write_text('{"sigma_start": 1.5, "source": "measured"}')
     assert load_error_model(path).sigma_start == 1.5
-    path.write_text('{"sigma_start": -1}')
-    with pytest.raises(ValueError, match=r"error\.json.*sigma_start"):
+    path.write_text('{"sigma_end": 1,\n"sigma_start": -1}')
+    with pytest.raises(ValueError, match=r"error\.json, line 2: sigma_start: .*>= 0"):
         load_error_model(path)
+    with pytest.raises(ValueError, match=r"absent\.json: cannot be read: No such file"):
+        load_error_model(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize(
@@ -267,15 +269,30 @@ def test_configurations_that_make_no_sense(changes: dict[str, object], text: str
         tight(**changes)
 
 
-def test_shipped_profiles_say_where_they_are_from(tmp_path: Path) -> None:
+def test_shipped_profiles_say_where_they_are_from() -> None:
     assert len(shipped_profiles()) >= 2
     for name in shipped_profiles():
         assert "not measured" in load_profile(name).source
-    broken = json.loads(msgspec.json.encode(SMALL))
-    broken["decode"]["per_token_ms"] = -1e-5
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"per_token_ms": 7', '"per_token_ms": -7', r"line 9: decode\.per_token_ms: .*>= 0"),
+        ('"per_square_ms"', '"per_cube_ms"', r"line 14: prefill: .*unknown field `per_cube_ms`"),
+        ('"max_running": 256', '"max_running": 0', r"line 22: max_running: .*>= 1"),
+        ('"fixed_ms": 19.85,', "", r"line 6: decode: .*missing required field `fixed_ms`"),
+        ('"max_running": 256,', "", r"line 1: .*missing required field `max_running`"),
+        ('"max_running": 256,', '"max_running": 256', r"line 23: .*malformed"),
+    ],
+)
+def test_profiles_that_are_wrong(tmp_path: Path, old: str, new: str, message: str) -> None:
+    """The error names file, line and field."""
+    text = json.dumps(json.loads(msgspec.json.encode(SMALL)), indent=1)
+    assert text.count(old) == 1
     path = tmp_path / "broken.json"
-    path.write_text(json.dumps(broken))
-    with pytest.raises(ProfileError, match=r"broken\.json.*decode\.per_token_ms"):
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ProfileError, match=rf"broken\.json, {message}"):
         load_profile(path)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from sglang_ares.profiles.json_errors import described
 from sglang_ares.srt.policy.types import StepTime
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -21,7 +22,7 @@ AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be used; names the file and the field."""
+    """A profile that cannot be used; names the file, the line and the field."""
 
 
 class PrefillTime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,4 +97,4 @@ def load_profile(name_or_path: str | Path) -> Profile:
     try:
         return msgspec.json.decode(text, type=Profile)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(f"profile {name_or_path}: {error}") from None
+        raise ProfileError(f"profile {name_or_path}, {described(error, text)}") from None

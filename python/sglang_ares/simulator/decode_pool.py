@@ -15,7 +15,7 @@ class DecodePool:
 
     Whoever changes a worker *touches* it first (it goes to a step boundary, ended requests leave)
     and *arms* it after (admission, retraction, its next event). ``on_gone`` is called with each
-    request that ends or is retracted, ``on_finished`` with the length of each that has ended.
+    request that ends or is retracted, ``on_finished`` with each that has ended.
     """
 
     def __init__(self, config: SimulationConfig, log: RequestLog, events: EventQueue) -> None:
@@ -38,7 +38,7 @@ class DecodePool:
         # When the running requests came; for the record of stays only.
         self._since: dict[int, float] = {}
         self.on_gone: Callable[[int], None] = lambda request: None
-        self.on_finished: Callable[[int], None] = lambda output_tokens: None
+        self.on_finished: Callable[[int], None] = lambda request: None
 
     def touch(self, row: int) -> DecodeWorker:
         """Bring worker ``row`` to the first step boundary that is not in the past."""
@@ -139,7 +139,7 @@ class DecodePool:
         log.finished_s[request] = time_s
         log.unfinished -= 1
         self.on_gone(request)
-        self.on_finished(log.wanted[request])
+        self.on_finished(request)
 
     def _admit(self, worker: DecodeWorker) -> None:
         """Promise memory to waiting requests, in order, as far as it goes."""

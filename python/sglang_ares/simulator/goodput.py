@@ -5,19 +5,23 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from sglang_ares.bench.workloads.stream import RequestStream
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.simulation import Simulation
+from sglang_ares.simulator.verdict import Verdict
 
 ATTAINMENTS = (0.9, 0.99)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One simulation: the rate (requests per second), and what share met both SLOs."""
+    """One simulation: the rate (requests per second), and what share met both SLOs. If it was
+    stopped as soon as that was decided, ``attainment`` is the share known to have met them by then,
+    ``most`` what it could still have become, and the other figures are of requests that had ended.
+    """
 
     rate: float
     attainment: float
@@ -26,6 +30,14 @@ class Point:
     migrations: int
     moved_tokens: int
     retractions: int
+    most: float | None = None
+
+    def meets(self, share: float) -> bool | None:
+        """Whether at least ``share`` met both SLOs; None if the run was stopped too early to
+        tell."""
+        if self.attainment >= share:
+            return True
+        return False if self.most is None or self.most < share else None
 
 
 @dataclass(frozen=True)
@@ -37,9 +49,18 @@ class Goodput:
     points: tuple[Point, ...]
 
 
-def try_rate(config: SimulationConfig, stream: RequestStream, rate: float) -> Point:
-    """Simulate ``stream`` with its timestamps scaled to ``rate``."""
-    result = Simulation(config, stream.scaled(stream.rate / rate)).run()
+def try_rate(
+    config: SimulationConfig, stream: RequestStream, rate: float, share: float | None = None
+) -> Point:
+    """Simulate ``stream`` with its timestamps scaled to ``rate``; with a ``share`` only until it is
+    certain whether so many requests meet both SLOs.
+
+    The warm-up is scaled too: the same requests count at every rate."""
+    factor = stream.rate / rate
+    scaled = stream.scaled(factor)
+    config = replace(config, warmup_s=config.warmup_s * factor)
+    verdict = Verdict(config, scaled, share) if share is not None else None
+    result = Simulation(config, scaled).run(verdict=verdict)
     summary = result.summary()
     tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
     return Point(
@@ -50,6 +71,7 @@ def try_rate(config: SimulationConfig, stream: RequestStream, rate: float) -> Po
         migrations=summary["migrations"],
         moved_tokens=summary["moved_tokens"],
         retractions=summary["retractions"],
+        most=verdict.most if verdict is not None else None,
     )
 
 

@@ -36,7 +36,7 @@ def plot_load(path: Path, results: Mapping[str, Result]) -> None:
         )
         if workers <= _MOST_LINES:
             for worker in range(workers):
-                axes.plot(times, tokens[:, worker], color=COLOURS[worker % 7], linewidth=0.9)
+                axes.plot(times, tokens[:, worker], color=COLOURS[worker % 6], linewidth=0.9)
         axes.plot(times, tokens.mean(axis=1), color="black", linewidth=1.6, label="mean")
         capacity = result.config.profile.kv_capacity_tokens
         axes.axhline(capacity, color="#D55E00", linestyle="--", linewidth=1, label="KV capacity")
@@ -46,7 +46,9 @@ def plot_load(path: Path, results: Mapping[str, Result]) -> None:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0)
-    panels[0].legend(loc="upper right", fontsize=9, ncols=3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper right", fontsize=9, ncols=3
+    )
     panels[-1].set_xlabel("time (seconds)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

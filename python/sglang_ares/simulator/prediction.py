@@ -3,6 +3,7 @@ the truth with an error."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from statistics import NormalDist
 from typing import Annotated, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from sglang_ares.profiles.json_errors import described
 from sglang_ares.srt.policy.length_prior import LengthPrior
 from sglang_ares.srt.policy.snapshot import Floats, Ints
 from sglang_ares.srt.policy.types import LEVELS, Remaining
@@ -45,11 +47,15 @@ class ErrorModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def load_error_model(path: str | Path) -> ErrorModel:
-    """An error model from a JSON file; :class:`ValueError` names the file and the field."""
+    """An error model from a JSON file; :class:`ValueError` names the file, line and field."""
     try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=ErrorModel)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"error model {path}: {error}") from None
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"error model {path}: cannot be read: {error.strerror}") from None
+    try:
+        return msgspec.json.decode(text, type=ErrorModel)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"error model {path}, {described(error, text)}") from None
 
 
 class Predictor(Protocol):
@@ -118,6 +124,13 @@ class Prior(NoPrediction):
 _Words = NDArray[np.uint64]
 
 
+@cache
+def _normal_numbers() -> Floats:
+    """Standard normal draws by the low 16 bits of a hash: quicker than a transform."""
+    size, normal = 1 << 16, NormalDist()
+    return np.array([normal.inv_cdf((i + 0.5) / size) for i in range(size)])
+
+
 class Noisy(Prior):
     """The truth with the error of an :class:`ErrorModel`; quantiles as wide as that error.
 
@@ -130,11 +143,8 @@ class Noisy(Prior):
         self._model = model
         self._scale = scale
         self._key = np.random.default_rng(seed).integers(1, 2**63, dtype=np.uint64)
-        # Standard normal draws by the low 16 bits of a hash: quicker than a transform.
-        size = 1 << 16
-        normal = NormalDist()
-        self._normal: Floats = np.array([normal.inv_cdf((i + 0.5) / size) for i in range(size)])
-        self._widths = np.array([normal.inv_cdf(level) for level in LEVELS])
+        self._normal = _normal_numbers()
+        self._widths = np.array([NormalDist().inv_cdf(level) for level in LEVELS])
 
     def remaining(self, requests: Ints, output_tokens: Ints, remaining: Ints) -> Floats:
         model = self._model

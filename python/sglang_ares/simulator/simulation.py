@@ -19,14 +19,15 @@ from sglang_ares.simulator.prediction import predictor_of
 from sglang_ares.simulator.prefill_pool import PrefillPool
 from sglang_ares.simulator.request_log import RequestLog
 from sglang_ares.simulator.result import Result
+from sglang_ares.simulator.verdict import Verdict
 from sglang_ares.simulator.view import DecodeView
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.snapshot import Ints
 from sglang_ares.srt.policy.types import NewRequest
 
-# Called with the requests that have arrived, now and then.
+# Called with the number of requests that have ended, a hundred times or so.
 Progress = Callable[[int], None]
-_PROGRESS_EVERY = 1000
+_PROGRESS_CALLS = 100
 # Samples of the load unless the configuration says how often.
 _SAMPLES = 300
 
@@ -46,7 +47,10 @@ class Simulation:
         self._decode = DecodePool(config, log, events)
         self._migrations = Migrations(config, log, events, self._decode)
         self._decode.on_gone = self._migrations.cancel
-        self._decode.on_finished = self._predictor.observe
+        self._decode.on_finished = self._finished
+        self._verdict: Verdict | None = None
+        self._progress: Progress | None = None
+        self._progress_every = max(1, len(stream) // _PROGRESS_CALLS)
         self._view = DecodeView(config, log, self._decode, self._migrations, self._predictor)
         self._place = PLACEMENT.get(config.placement)
         self._plan = RESCHEDULING.get(config.rescheduling)
@@ -57,23 +61,26 @@ class Simulation:
         last = float(stream.arrival_s[-1]) if len(stream) else 0.0
         self._sample_interval_s = config.sample_interval_s or max(last / _SAMPLES, 1e-3)
 
-    def run(self, progress: Progress | None = None) -> Result:
-        """Simulate; the same result for the same arguments, but for the time taken."""
+    def run(self, progress: Progress | None = None, verdict: Verdict | None = None) -> Result:
+        """Simulate; the same result for the same arguments, but for the time taken. With a
+        ``verdict`` only until it is decided: what has not happened by then is NaN."""
+        self._verdict, self._progress = verdict, progress
         started, cpu_started = time.perf_counter(), time.process_time()
         # Nothing here is cyclic, and there are millions of small objects to look at.
         collecting = gc.isenabled()
         gc.disable()
         try:
-            self._loop(progress)
+            self._loop()
         finally:
             if collecting:
                 gc.enable()
         return self._result(time.perf_counter() - started, time.process_time() - cpu_started)
 
-    def _loop(self, progress: Progress | None) -> None:
+    def _loop(self) -> None:
         config, events, log = self._config, self._events, self._log
         heap, arrivals = events.heap, log.arrival_s
         count, arrived = len(arrivals), 0
+        verdict = self._verdict
         if config.rescheduling != "none":
             events.push(config.reschedule_interval_s, ROUND)
         events.push(0.0, SAMPLE_EVENT)
@@ -88,10 +95,8 @@ class Simulation:
                 events.now = arrivals[arrived]
                 self._arrive(arrived)
                 arrived += 1
-                if progress is not None and (arrived % _PROGRESS_EVERY == 0 or arrived == count):
-                    progress(arrived)
                 continue
-            if not log.unfinished or not heap:
+            if not log.unfinished or not heap or (verdict is not None and verdict.decided):
                 break
             now, _, kind, x, y = heappop(heap)
             events.now = now
@@ -121,6 +126,9 @@ class Simulation:
         if prompt + output > self._config.profile.kv_capacity_tokens:
             log.rejected.append(request)
             log.unfinished -= 1
+            if self._verdict is not None:
+                self._verdict.rejected(log.arrival_s[request])
+            self._report()
             return
         remaining = self._predictor.at_arrival(output)
         new = NewRequest(prompt_tokens=prompt, sequence=request, remaining=remaining)
@@ -128,6 +136,19 @@ class Simulation:
         self._view.note_dispatch(request, row, remaining)
         if self._decode.dispatch(request, row):
             self._prefill.add(request)
+
+    def _finished(self, request: int) -> None:
+        """A request has all its tokens."""
+        self._predictor.observe(self._log.wanted[request])
+        if self._verdict is not None:
+            self._verdict.ended(request, self._log)
+        self._report()
+
+    def _report(self) -> None:
+        """Tell who watches how many requests have ended."""
+        unfinished = self._log.unfinished
+        if self._progress is not None and unfinished % self._progress_every == 0:
+            self._progress(len(self._log) - unfinished)
 
     def _round(self, now: float) -> None:
         """Let the policy plan, and begin what it planned."""

@@ -21,9 +21,9 @@ _LEAST_HORIZON = 32.0
 @dataclass(frozen=True, eq=False)
 class Forecast:
     """``edges``, shape ``(K + 1,)``: the horizon's intervals, in steps from now; ``weights``, shape
-    ``(K,)``: their lengths. Request by request, shape ``(R, K)``: ``alive``, the chance that it
+    ``(K,)``: their lengths. Request by request, shape ``(K, R)``: ``alive``, the chance that it
     runs in the middle of an interval; ``tokens``, what it then holds times that chance;
-    ``variance`` of what it holds. Worker by worker, shape ``(W, K)``: ``requests`` and
+    ``variance`` of what it holds. Worker by worker, shape ``(K, W)``: ``requests`` and
     ``resident``, the expected numbers of requests and of resident tokens, and ``uncertainty``,
     the variance of the latter. Moves change the workers' arrays in place.
     """
@@ -38,8 +38,12 @@ class Forecast:
     uncertainty: Floats
 
     def of_workers(self, workers: Ints) -> tuple[Floats, Floats, Floats]:
-        """Requests, resident tokens and uncertainty of some workers, ``(workers, K)`` each."""
-        return self.requests[workers], self.resident[workers], self.uncertainty[workers]
+        """Requests, resident tokens and uncertainty of some workers, ``(K, workers)`` each."""
+        return self.requests[:, workers], self.resident[:, workers], self.uncertainty[:, workers]
+
+    def of_requests(self, rows: Ints) -> tuple[Floats, Floats, Floats]:
+        """What some requests contribute to each of these, ``(K, rows)``."""
+        return self.alive[:, rows], self.tokens[:, rows], self.variance[:, rows]
 
     def move(self, row: int, source: int, target: int) -> None:
         """Request ``row`` goes from one worker's row to another's."""
@@ -48,8 +52,8 @@ class Forecast:
             (self.resident, self.tokens),
             (self.uncertainty, self.variance),
         ):
-            of_workers[source] -= of_requests[row]
-            of_workers[target] += of_requests[row]
+            of_workers[:, source] -= of_requests[:, row]
+            of_workers[:, target] += of_requests[:, row]
 
 
 def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> Forecast:
@@ -66,8 +70,9 @@ def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> For
     edges = np.concatenate([[0.0], 2.0 ** np.arange(1 - _INTERVALS, 1)])
     edges *= delay_steps + max(_LEAST_HORIZON, horizon)
     middle = (edges[:-1] + edges[1:]) / 2
-    alive = survival(remaining, middle)
-    grown = requests.tokens[:, None] + middle
+    # A row for each moment, so that what is worked on is contiguous.
+    alive = survival(remaining, middle).T
+    grown = requests.tokens + middle[:, None]
     tokens = alive * grown
     variance = tokens * (1 - alive) * grown
     unlisted = (
@@ -82,7 +87,13 @@ def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> For
         alive=alive,
         tokens=tokens,
         variance=variance,
-        requests=cluster.sums_by_worker(alive) + unlisted[:, None],
-        resident=cluster.sums_by_worker(tokens) + unlisted_tokens[:, None],
-        uncertainty=cluster.sums_by_worker(variance),
+        requests=_sums(cluster, alive) + unlisted,
+        resident=_sums(cluster, tokens) + unlisted_tokens,
+        uncertainty=_sums(cluster, variance),
     )
+
+
+def _sums(cluster: Snapshot, values: Floats) -> Floats:
+    """``(K, W)`` sums over each worker's requests of ``values``, shape ``(K, R)``."""
+    where, count = cluster.requests.worker, len(cluster.workers)
+    return np.stack([np.bincount(where, row, count) for row in values]).astype(np.float64)

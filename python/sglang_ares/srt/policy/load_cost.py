@@ -13,8 +13,6 @@ import numpy as np
 
 from sglang_ares.srt.policy.snapshot import Floats, Ints
 
-# A step of s ms costs each request s * (s / mean)**(this - 1).
-_POWER = 2.0
 # Standard deviations of its resident tokens that a worker should have room for, and the share of
 # its KV that should stay free.
 _SIGMAS = 1.0
@@ -32,7 +30,10 @@ _SLO_WEIGHT = 4.0
 class LoadCost:
     """``laws``, shape ``(W, 3)``: step-time laws. ``capacity``, shape ``(W,)``: KV tokens.
     ``mean_step_ms``: what a step takes on average now. ``slo_ms``: the time per output token
-    that was promised (0: none)."""
+    that was promised (0: none).
+
+    In the methods, ``workers`` are rows of these, in a shape that broadcasts against the loads'.
+    """
 
     laws: Floats
     capacity: Floats
@@ -40,9 +41,9 @@ class LoadCost:
     slo_ms: float
 
     def overflow(self, workers: Ints, resident: Floats, uncertainty: Floats) -> Floats:
-        """Tokens that may not fit, shape ``(..., K)``: ``workers``, shape ``(...)``, expect
-        ``resident`` tokens with variance ``uncertainty``."""
-        room = (1 - _FLOOR) * self.capacity[workers][..., None]
+        """Tokens that may not fit: ``workers`` expect ``resident`` tokens with variance
+        ``uncertainty``."""
+        room = (1 - _FLOOR) * self.capacity[workers]
         likely = resident + _SIGMAS * np.sqrt(np.maximum(uncertainty, 0.0))
         return np.maximum(0.0, likely - room)
 
@@ -50,20 +51,22 @@ class LoadCost:
         self, workers: Ints, requests: Floats, resident: Floats, uncertainty: Floats
     ) -> Floats:
         """Milliseconds of a step that depend on the load, overflow weighing like many tokens."""
-        law = self.laws[workers][..., None, :]
+        per_request, per_token = self.laws[workers, 1], self.laws[workers, 2]
         over = self.overflow(workers, resident, uncertainty)
-        return np.asarray(law[..., 1] * requests + law[..., 2] * (resident + _STALL * over))
+        return np.asarray(per_request * requests + per_token * (resident + _STALL * over))
 
     def __call__(
         self, workers: Ints, requests: Floats, resident: Floats, uncertainty: Floats
     ) -> Floats:
-        """Cost of one decode step (ms, summed over requests), shape ``(..., K)``."""
-        law = self.laws[workers][..., None, :]
+        """Cost of one decode step (ms, summed over requests)."""
+        fixed, per_request, per_token = (self.laws[workers, i] for i in range(3))
         requests, resident = np.maximum(requests, 0.0), np.maximum(resident, 0.0)
-        step = law[..., 0] + law[..., 1] * requests + law[..., 2] * resident
-        felt = step * (step / self.mean_step_ms) ** (_POWER - 1)
+        step = fixed + per_request * requests + per_token * resident
+        # A step of s ms costs each request s * s / mean.
+        felt = step * step / self.mean_step_ms
         if self.slo_ms > 0:
             felt += _SLO_WEIGHT * np.maximum(0.0, step - _SLO_MARGIN * self.slo_ms)
         over = self.overflow(workers, resident, uncertainty)
-        stalled = requests * np.minimum(1.0, over / np.maximum(resident, 1.0))
-        return np.asarray(requests * felt + _STALL * stalled * step)
+        if over.any():
+            felt += _STALL * np.minimum(1.0, over / np.maximum(resident, 1.0)) * step
+        return np.asarray(requests * felt)

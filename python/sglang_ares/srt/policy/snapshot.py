@@ -116,6 +116,18 @@ class RequestTable:
 
 
 @dataclass(frozen=True, eq=False)
+class RowsOfWorker:
+    """``rows[w]``: rows of the requests of the worker in row ``w``. ``order``: all of them, worker
+    by worker; ``starts``, shape ``(W + 1,)``: where each worker's begin."""
+
+    order: Ints
+    starts: Ints
+
+    def __getitem__(self, worker: int) -> Ints:
+        return self.order[self.starts[worker] : self.starts[worker + 1]]
+
+
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The workers of one role and their requests."""
 
@@ -142,8 +154,8 @@ class Snapshot:
         return np.stack(columns, axis=1).astype(np.float64, copy=False)
 
     @cached_property
-    def rows_of_worker(self) -> list[Ints]:
+    def rows_of_worker(self) -> RowsOfWorker:
         """For every worker, the rows of its requests, in ascending order."""
         order = np.argsort(self.requests.worker, kind="stable")
         counts = np.bincount(self.requests.worker, minlength=len(self.workers))
-        return list(np.split(order, np.cumsum(counts)[:-1])) if len(self.workers) else []
+        return RowsOfWorker(order, np.concatenate([[0], np.cumsum(counts)]))

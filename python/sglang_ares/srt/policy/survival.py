@@ -21,6 +21,9 @@ _TAIL = 1 - LEVELS[-1]
 # The tail's rate goes on from the last two levels: ln(S(third) / S(last)) over their distance.
 _TAIL_LOG = float(np.log((1 - LEVELS[-2]) / _TAIL))
 
+# Requests worked on at a time.
+_PIECE = 4096
+
 
 def known_or_guessed(remaining: Floats, output_tokens: Ints) -> Floats:
     """``remaining``, shape ``(R, len(LEVELS))``, with rows of NaN filled from the output so far."""
@@ -36,26 +39,30 @@ def survival(remaining: Floats, steps: Floats) -> Floats:
     """``(R, K)`` chance that a request produces more than ``steps`` further tokens, shape
     ``(K,)``, by its quantiles ``remaining``, shape ``(R, len(LEVELS))``, without NaN."""
     count = len(remaining)
-    # Column by column, so that what is worked on stays in the cache.
-    alive = np.ones((len(steps), count))
-    passed = np.empty(count)
+    alive = np.empty((len(steps), count))
+    # Piece by piece, so that what is worked on stays in the cache.
+    for first in range(0, count, _PIECE):
+        piece = slice(first, first + _PIECE)
+        _survival(np.ascontiguousarray(remaining[piece].T), steps[:, None], alive[:, piece])
+    return alive.T
+
+
+def _survival(quantiles: Floats, steps: Floats, out: Floats) -> None:
+    """:func:`survival` of quantiles of shape ``(len(LEVELS), R)`` after ``(K, 1)`` steps."""
     # As dense before the first quantile as behind it.
-    low = np.maximum(0.0, 2 * remaining[:, 0] - remaining[:, 1])
-    for level, mass in enumerate(_MASS):
-        high = np.ascontiguousarray(remaining[:, level])
-        slope = mass / np.maximum(high - low, 1e-9)
-        for k, step in enumerate(steps):
-            np.subtract(step, low, out=passed)
-            np.multiply(passed, slope, out=passed)
-            np.maximum(passed, 0.0, out=passed)
-            np.minimum(passed, mass, out=passed)
-            np.subtract(alive[k], passed, out=alive[k])
+    low = np.maximum(0.0, 2 * quantiles[0] - quantiles[1])
+    out[:] = 1.0
+    for high, mass in zip(quantiles, _MASS, strict=True):
+        passed = steps - low
+        passed *= mass / np.maximum(high - low, 1e-9)
+        np.maximum(passed, 0.0, out=passed)
+        out -= np.minimum(passed, mass, out=passed)
         low = high
-    rate = _TAIL_LOG / np.maximum(remaining[:, -1] - remaining[:, -2], 1e-9)
-    for k, step in enumerate(steps):
-        tail = np.flatnonzero(low < step)
-        alive[k, tail] += _TAIL * np.expm1((low[tail] - step) * rate[tail])
-    return np.maximum(alive, 0.0, out=alive).T
+    beyond = np.maximum(steps - low, 0.0)
+    if beyond.any():
+        rate = _TAIL_LOG / np.maximum(low - quantiles[-2], 1e-9)
+        out += _TAIL * np.expm1(-beyond * rate)
+    np.maximum(out, 0.0, out=out)
 
 
 def relative_spread(remaining: Floats) -> Floats:

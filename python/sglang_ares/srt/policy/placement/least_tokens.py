@@ -14,9 +14,10 @@ def least_tokens(request: NewRequest, workers: WorkerTable) -> int:
     """The worker with the fewest resident and promised tokens; ties go to fewer requests, then in
     turn."""
     load = workers.load_tokens
-    lightest = (load == load.min()).nonzero()[0]
+    first = load.argmin()
+    lightest = (load == load[first]).nonzero()[0]
     if len(lightest) == 1:
-        return int(lightest[0])
+        return int(first)
     requests = (workers.running + workers.queued)[lightest]
     lightest = lightest[requests == requests.min()]
     turn = request.sequence % len(workers)

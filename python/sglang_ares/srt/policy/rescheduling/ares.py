@@ -10,6 +10,8 @@ the cost of the whole cluster by at least that, no request is sent back and fort
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from sglang_ares.srt.policy.forecast import Forecast, forecast
@@ -26,8 +28,11 @@ _HORIZON = 0.03
 _SLOWDOWN = 0.01
 # A move's gain must be so many times its cost.
 _MARGIN = 1.0
-# The most underloaded workers that are tried as targets.
+# Targets that are tried for each source, all below the mean load: the source that stands n-th from
+# the top begins with the one that stands n-th from the bottom.
 _TARGETS = 4
+# In a batch, at most this share of the moves that are left is made.
+_BATCH = 0.5
 
 
 @RESCHEDULING.register("ares")
@@ -59,72 +64,112 @@ class _Round:
         self._ahead: Forecast = forecast(cluster, _HORIZON, float(self._takes_steps.mean()))
         self._budget = limits.cost.budget_tokens or int(requests.tokens.sum())
         self._open: Bools = requests.movable & (requests.since_move_s >= limits.cooldown_s)
+        self._moves: list[Move] = []
 
     def plan(self) -> tuple[Move, ...]:
-        """Relieve the most overloaded worker, again and again, until the limits are reached or
-        nothing pays any more."""
-        workers, requests = self._cluster.workers, self._cluster.requests
-        load = self._load(np.arange(len(workers)))
+        """Relieve the most overloaded workers, batch by batch, until the limits are reached or
+        nothing pays any more.
+
+        Within a batch no worker takes part in two moves: so what each was reckoned to gain stays
+        true, and many are reckoned at once.
+        """
+        everyone = np.arange(len(self._cluster.workers))
+        load = self._load(everyone)
+        self._now = self._cost(everyone, *self._ahead.of_workers(everyone))
         # Workers that no move can relieve stay so: others only fill up.
-        relievable = load.copy()
-        most = min(_TARGETS, len(workers)) - 1
-        moves: list[Move] = []
-        while len(moves) < self._limits.max_moves:
-            source, mean = int(relievable.argmax()), load.mean()
-            if relievable[source] <= (1 + self._limits.threshold) * mean:
+        relievable = np.ones(len(everyone), np.bool_)
+        while (left := self._limits.max_moves - len(self._moves)) > 0:
+            mean = load.mean()
+            order = np.argsort(load, kind="stable")
+            targets = order[load[order] < mean]
+            over = relievable[order] & (load[order] > (1 + self._limits.threshold) * mean)
+            most = min(math.ceil(_BATCH * left), len(targets))
+            sources = order[over][::-1][:most]
+            if not len(sources):
                 break
-            targets = np.argpartition(load, most)[: most + 1]
-            found = self._best(source, targets[load[targets] < mean])
-            if found is None:
-                relievable[source] = -np.inf
-                continue
-            row, target = found
-            self._open[row] = False
-            self._budget -= int(requests.tokens[row])
-            # What leaves is still there while what comes arrives.
-            self._free[target] -= requests.tokens[row]
-            self._ahead.move(row, source, target)
-            both = np.array([source, target])
-            load[both] = self._load(both)
-            relievable[both] = np.where(np.isinf(relievable[both]), -np.inf, load[both])
-            moves.append(
-                Move(
-                    rid=requests.rids[row],
-                    source=int(workers.worker_id[source]),
-                    target=int(workers.worker_id[target]),
-                )
-            )
-        return tuple(moves)
+            hopeless, changed = self._batch(sources, targets)
+            relievable[hopeless] = False
+            if changed:
+                both = np.array(changed)
+                self._now[:, both] = self._cost(both, *self._ahead.of_workers(both))
+                load[both] = self._load(both)
+        return tuple(self._moves)
 
     def _load(self, workers: Ints) -> Floats:
         """``(workers,)`` mean over the horizon of what their load adds to their steps, in ms."""
         weights = self._ahead.weights
         pressure = self._cost.pressure(workers, *self._ahead.of_workers(workers))
-        return np.asarray(pressure @ weights / weights.sum())
+        return np.asarray(weights @ pressure / weights.sum())
 
-    def _best(self, source: int, targets: Ints) -> tuple[int, int] | None:
-        """Row of the request, and target, of the move with the largest gain, if one pays."""
-        requests, ahead, cost = self._cluster.requests, self._ahead, self._cost
-        rows = self._cluster.rows_of_worker[source]
-        rows = rows[self._open[rows] & (requests.tokens[rows] <= self._budget)]
-        fits = requests.tokens[rows, None] <= self._free[targets]
-        if not fits.any():
-            return None
-        own = ahead.alive[rows], ahead.tokens[rows], ahead.variance[rows]
-        here = np.array([source])
-        with_all = ahead.of_workers(here)
-        saved = cost(here, *with_all) - cost(here, *(t - o for t, o in zip(with_all, own)))
-        there = ahead.of_workers(targets)
-        joined = (t + o[:, None] for t, o in zip(there, own))
-        paid = cost(targets, *joined) - cost(targets, *there)
+    def _batch(self, sources: Ints, targets: Ints) -> tuple[list[int], list[int]]:
+        """At most one move from each source, the first ones choosing first. Which sources no move
+        can relieve, and which workers a move has changed."""
+        tokens = self._cluster.requests.tokens
+        of_source = [self._cluster.rows_of_worker[w] for w in sources]
+        rank = np.repeat(np.arange(len(sources)), [len(rows) for rows in of_source])
+        rows = np.concatenate(of_source)
+        eligible = self._open[rows] & (tokens[rows] <= self._budget)
+        rows, rank = rows[eligible], rank[eligible]
+        window = np.arange(min(_TARGETS, len(targets)))[:, None]
+        # (T, rows) targets of each request; (T, rows) what its move there gains.
+        to = targets[(rank + window) % len(targets)]
+        gain = self._gain(rows, sources[rank], to)
+        gain[tokens[rows] > self._free[to]] = -np.inf
+        starts = np.searchsorted(rank, np.arange(len(sources) + 1)).tolist()
+        hopeless: list[int] = []
+        changed: list[int] = []
+        taken = np.zeros(len(self._free), np.bool_)
+        for source, first, last in zip(sources.tolist(), starts, starts[1:], strict=False):
+            own = gain[:, first:last]
+            if not (own > 0).any():
+                hopeless.append(source)
+                continue
+            own[taken[to[:, first]]] = -np.inf
+            own[:, tokens[rows[first:last]] > self._budget] = -np.inf
+            at, place = divmod(int(own.argmax()), last - first)
+            if own[at, place] <= 0:
+                # Its targets are taken; it may have its turn in the next batch.
+                continue
+            target = int(to[at, first])
+            self._move(int(rows[first + place]), source, target)
+            taken[target] = True
+            changed += (source, target)
+        return hopeless, changed
+
+    def _gain(self, rows: Ints, home: Ints, to: Ints) -> Floats:
+        """``(T, rows)`` what moving each request of ``rows`` from its worker ``home``, ``(rows,)``,
+        to each of ``to``, ``(T, rows)``, saves, less what it costs: ms of the requests that feel
+        it."""
+        ahead = self._ahead
+        # The source without the request, then each target with it: (K, 1 + T, rows).
+        affected = np.concatenate([home[None], to])
+        sign = np.ones((len(affected), 1))
+        sign[0] = -1
+        loads = (
+            load + sign * own[:, None]
+            for load, own in zip(ahead.of_workers(affected), ahead.of_requests(rows), strict=True)
+        )
+        falls = self._now[:, affected] - self._cost(affected, *loads)
         # Steps of each interval that are left when the move is over.
-        left = np.clip(ahead.edges[1:] - self._takes_steps[rows, None], 0.0, ahead.weights)
-        gain = np.einsum("rk,rk->r", saved, left)[:, None] - np.einsum("rtk,rk->rt", paid, left)
-        felt_by = ahead.requests[source, 0] + ahead.requests[targets, 0]
-        slowdown_s = _SLOWDOWN * self._takes_s[rows, None] * felt_by
-        gain -= _MARGIN * 1e3 * (self._limits.cost.pause_s + slowdown_s)
-        gain[~fits] = -np.inf
-        best = int(gain.argmax())
-        if gain.flat[best] <= 0:
-            return None
-        return int(rows[best // len(targets)]), int(targets[best % len(targets)])
+        left = np.clip(ahead.edges[1:, None] - self._takes_steps[rows], 0.0, ahead.weights[:, None])
+        saved = np.einsum("ktr,kr->tr", falls, left)
+        slowdown_s = (
+            _SLOWDOWN * self._takes_s[rows] * (ahead.requests[0, home] + ahead.requests[0, to])
+        )
+        return saved[0] + saved[1:] - _MARGIN * 1e3 * (self._limits.cost.pause_s + slowdown_s)
+
+    def _move(self, row: int, source: int, target: int) -> None:
+        """Plan the move of request ``row``."""
+        workers, requests = self._cluster.workers, self._cluster.requests
+        self._open[row] = False
+        self._budget -= int(requests.tokens[row])
+        # What leaves is still there while what comes arrives.
+        self._free[target] -= requests.tokens[row]
+        self._ahead.move(row, source, target)
+        self._moves.append(
+            Move(
+                rid=requests.rids[row],
+                source=int(workers.worker_id[source]),
+                target=int(workers.worker_id[target]),
+            )
+        )

@@ -1,0 +1,110 @@
+"""What rescheduling gains on published traces: ``python benchmark/gain_traces.py --traces PATH ...
+--json FILE``.
+
+As ``gain_surface.py``, with the lengths and arrivals of traces (docs/simulator.md says where they
+come from) scaled to the rate that fills the workers to ``--concurrency`` on average. Started again
+with the same ``--json`` it goes on where it stopped; in the end it prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from gain_arms import ARMS, Row, cluster_under, mean_load, measure, read_rows, write_rows
+from sglang_ares.bench.workloads import RequestStream, load_workload
+from sglang_ares.profiles.profile import load_profile
+from sglang_ares.simulator import SimulationConfig
+
+# As in gain_surface.py, and at least so many seconds: outputs of some traces are short.
+LIFETIMES, WARM_UP = 14, 4
+LEAST_S, LEAST_WARM_UP_S = 60.0, 15.0
+# Prompts of Mooncake's trace are long (mean 12,000 tokens, up to 126,000): prefill workers per
+# decode worker, and the SLO for TTFT.
+PREFILL_SHARE = {"mooncake": 2.0}
+TTFT_SLO_MS = {"mooncake": 20_000.0}
+
+
+def scene(path: str, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
+    """Cluster and requests of one trace."""
+    base = load_profile(args.profile)
+    probe = load_workload(path, seed=99, rate=10.0, duration_s=1000.0)
+    load = mean_load(probe, args.concurrency, base)
+    stream = load_workload(
+        path,
+        seed=args.seed,
+        rate=args.workers * load.rate,
+        duration_s=max(LEAST_S, LIFETIMES * load.lifetime_s),
+    )
+    settings: dict[str, object] = {
+        "warmup_s": max(LEAST_WARM_UP_S, WARM_UP * load.lifetime_s),
+        "seed": args.seed,
+    }
+    if probe.name in PREFILL_SHARE:
+        settings["prefill_workers"] = round(args.workers * PREFILL_SHARE[probe.name])
+        settings["ttft_slo_ms"] = TTFT_SLO_MS[probe.name]
+    longest = int((stream.prompt_tokens + stream.output_tokens).max())
+    return cluster_under(
+        load, base, workers=args.workers, kv=args.kv, longest=longest, **settings
+    ), stream
+
+
+def table(rows: list[Row]) -> Table:
+    """A line per trace and arm."""
+    shown = Table(title="relative to static round robin")
+    for column in ("trace", "arm"):
+        shown.add_column(column)
+    for column in ("goodput 90 %", "goodput 99 %", "P99 TPOT", "moves", "retractions"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        base = next(r for r in rows if r["trace"] == row["trace"] and r["arm"] == "round_robin")
+        ratios = (
+            f"{row[name] / base[name]:.2f}" if base[name] else "-"
+            for name in ("goodput_90", "goodput_99", "tpot_p99_ms")
+        )
+        counts = (str(row[name]) for name in ("migrations", "retractions"))
+        shown.add_row(row["trace"], row["arm"], *ratios, *counts)
+    return shown
+
+
+def main() -> int:
+    """Run what is missing from ``--json``."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--traces", nargs="+", required=True, metavar="PATH")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--concurrency", type=float, default=16.0)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--profile", default="h200-llama2-7b")
+    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
+    parser.add_argument("--precision", type=float, default=0.03)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    names = ("profile", "kv", "precision", "seed", "workers", "concurrency")
+    settings = {name: getattr(args, name) for name in names}
+    rows = read_rows(args.json)
+    bar = tqdm(total=len(args.traces) * len(args.arms), unit="arm")
+    for path in args.traces:
+        config, stream = scene(path, args)
+        here = [r for r in rows if r["trace"] == stream.name]
+        near = here[-1] if here else None
+        for arm in args.arms:
+            if not any(r["arm"] == arm for r in here):
+                near = measure(config, stream, arm, precision=args.precision, near=near)
+                rows.append({"trace": stream.name, "origin": stream.origin} | near)
+                write_rows(args.json, settings, rows)
+            bar.update()
+    bar.close()
+    Console(width=120).print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

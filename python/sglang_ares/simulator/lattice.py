@@ -1,0 +1,93 @@
+"""Goodput on a lattice of rates, for surveys of many configurations.
+
+The rates are ``base * step**k`` for whole ``k``, the same ones for every configuration: so two that
+serve alike get the same goodput, not two within the precision of a bisection. A run stops as soon
+as it is certain whether it meets the share that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sglang_ares.bench.workloads.stream import RequestStream
+from sglang_ares.simulator.config import SimulationConfig
+from sglang_ares.simulator.goodput import ATTAINMENTS, Point, try_rate
+
+# Rates below ``step**-this`` or above ``step**this`` of the base are not tried.
+_MOST = 128
+
+
+@dataclass(frozen=True)
+class LatticeGoodput:
+    """``exponent[share]``: the highest ``k`` whose rate meets the share, None if none does;
+    ``rate[share]``: that rate, 0 if none does; ``tries``: simulations made."""
+
+    exponent: Mapping[float, int | None]
+    rate: Mapping[float, float]
+    tries: int
+
+
+def lattice_search(
+    attempt: Callable[[int, float], Point],
+    *,
+    start: Mapping[float, int],
+    known: Mapping[int, Point] | None = None,
+) -> tuple[dict[float, int | None], int]:
+    """The highest ``k`` that meets each share of ``start``, and the number of attempts.
+
+    ``attempt(k, share)`` tries the rate of ``k`` until it is certain whether ``share`` is met. For
+    each share the search begins at its ``start``, walks up or down by 1, 2, 4, ... and halves what
+    is left between. Attainment is taken to fall with the rate.
+    """
+    tried = dict(known or {})
+    tries = 0
+
+    def meets(k: int, share: float) -> bool:
+        nonlocal tries
+        met = tried[k].meets(share) if k in tried else None
+        if met is None:
+            tries += 1
+            tried[k] = attempt(k, share)
+            met = tried[k].meets(share)
+        return bool(met)
+
+    found: dict[float, int | None] = {}
+    for share, begin in start.items():
+        good = max((k for k, p in tried.items() if p.meets(share)), default=-_MOST - 1)
+        fails = (k for k, p in tried.items() if p.meets(share) is False and k > good)
+        bad = min(fails, default=_MOST + 1)
+        k, stride = max(good + 1, min(bad - 1, begin)), 1
+        while bad - good > 1:
+            if not good < k < bad:
+                k = (good + bad) // 2
+            if meets(k, share):
+                good, k = k, k + stride
+            else:
+                bad, k = k, k - stride
+            stride *= 2
+        found[share] = good if good >= -_MOST else None
+    return found, tries
+
+
+def lattice_goodput(
+    config: SimulationConfig,
+    stream: RequestStream,
+    *,
+    step: float = 1.03,
+    start: Mapping[float, int] | None = None,
+    known: Point | None = None,
+) -> LatticeGoodput:
+    """The goodput of ``config`` on ``stream``, whose own rate is the base.
+
+    ``start``: where to begin for each share (the exponents of a similar configuration, say).
+    ``known``: a run at the base rate.
+    """
+    base = stream.rate
+    exponents, tries = lattice_search(
+        lambda k, share: try_rate(config, stream, base * step**k, share),
+        start=start or dict.fromkeys(ATTAINMENTS, 0),
+        known={0: known} if known is not None else None,
+    )
+    rate = {share: 0.0 if k is None else base * step**k for share, k in exponents.items()}
+    return LatticeGoodput(exponent=exponents, rate=rate, tries=tries)
