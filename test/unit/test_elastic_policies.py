@@ -209,7 +209,7 @@ def test_the_monitor_waits_until_the_condition_is_sustained() -> None:
 # --- ours -----------------------------------------------------------------------------------
 
 PREFILL_HEAVY = Demand(prefill_ms_per_s=3500, requests_per_s=2, prompt_tokens=5000, output_tokens=9)
-DECODE_HEAVY = Demand(prefill_ms_per_s=200, requests_per_s=4, prompt_tokens=100, output_tokens=4000)
+DECODE_HEAVY = Demand(prefill_ms_per_s=200, requests_per_s=4, resident_trend=5000)
 
 
 def plan_until_rest(labels: list[bool], demand: Demand, **columns: Any) -> list[bool]:

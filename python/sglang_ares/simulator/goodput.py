@@ -10,6 +10,7 @@ from functools import partial
 
 from sglang_ares.bench.workloads.stream import RequestStream
 from sglang_ares.simulator.config import SimulationConfig
+from sglang_ares.simulator.roles.simulation import RolesSimulation
 from sglang_ares.simulator.simulation import Simulation
 
 ATTAINMENTS = (0.9, 0.99)
@@ -39,7 +40,8 @@ class Goodput:
 
 def try_rate(config: SimulationConfig, stream: RequestStream, rate: float) -> Point:
     """Simulate ``stream`` with its timestamps scaled to ``rate``."""
-    result = Simulation(config, stream.scaled(stream.rate / rate)).run()
+    kind = Simulation if config.roles is None else RolesSimulation
+    result = kind(config, stream.scaled(stream.rate / rate)).run()
     summary = result.summary()
     tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
     return Point(
