@@ -3,11 +3,12 @@
 Simulated, 8 workers. For every workload and arm: the highest rate at which 90 % of the requests
 meet both SLOs, timestamps scaled by a constant; all arms get the same requests. Rates are
 bracketed from an estimate and halved in ratio to ``--precision``; a simulation ends early once
-90 % are out of reach. Of the static splits other than 4P4D only the best is searched: one that
-does not keep the SLOs at a higher rate than the best so far has no goodput in its row. Rows are appended one by one: started again with the same ``--json`` it goes
-on where it stopped. ``--plot FILE`` draws what the JSON holds, ``--pools FILE`` the pools over
-time on the first workload, at the highest rate at which the last of ``--pool-arms`` keeps the
-SLOs.
+90 % are out of reach. Of the static splits only 4P4D and the best are searched: one that does not
+keep the SLOs at a higher rate than the best before it has no goodput in its row.
+
+Rows are appended one by one: started again with the same ``--json`` it goes on where it stopped.
+``--plot FILE`` draws what the JSON holds, ``--pools FILE`` the pools over time on the first
+workload, at the highest rate at which the last of ``--pool-arms`` keeps the SLOs.
 """
 
 from __future__ import annotations

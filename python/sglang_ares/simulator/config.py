@@ -121,8 +121,8 @@ class SimulationConfig:
                 raise SimulationError(f"roles weigh loads against both SLOs; set {name}.")
         if self.rescheduling != "none":
             raise SimulationError(
-                f"rescheduling is {self.rescheduling!r} and roles are simulated; with roles only the "
-                "moves that empty a worker are: set rescheduling to 'none'."
+                f"rescheduling is {self.rescheduling!r} and roles are simulated; with roles only "
+                "the moves that empty a worker are: set rescheduling to 'none'."
             )
 
     @property

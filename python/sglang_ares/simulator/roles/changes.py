@@ -206,7 +206,7 @@ class RoleChanges:
     def _load(self, row: int, *, requests: bool) -> WorkerLoad:
         pool, worker = self._pool, self._pool.elastic[row]
         moving = self._migrations.under_way
-        loads = ()
+        loads: tuple[RequestLoad, ...] = ()
         if requests:
             loads = tuple(
                 RequestLoad(

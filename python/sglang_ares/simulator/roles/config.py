@@ -30,11 +30,11 @@ class RolesConfig:
     a worker changes, ``relabel`` (at once; what it holds is finished under a local scheduler) or
     ``empty`` (moved away first, as the engine does); "": relabel for Arrow, else empty.
 
-    ``most_changes``: workers that are being emptied at once. ``pass_s``: seconds between two plans. ``flip_s``: seconds an emptied worker takes to change.
-    ``give_up_s``: a worker that is not empty by then keeps its role. ``hand_back_s``: what waits
-    for prefill on a worker that is to decode goes elsewhere after so long. ``mixed_tokens``: most
-    tokens of a step that decodes and prefills; 0: as many as keep a step with full memory within
-    90 % of the TPOT SLO.
+    ``most_changes``: workers that are being emptied at once. ``pass_s``: seconds between two
+    plans. ``flip_s``: seconds an emptied worker takes to change. ``give_up_s``: a worker that is
+    not empty by then keeps its role. ``hand_back_s``: what waits for prefill on a worker that is
+    to decode goes elsewhere after so long. ``mixed_tokens``: most tokens of a step that decodes
+    and prefills; 0: as many as keep a step with full memory within 90 % of the TPOT SLO.
     """
 
     policy: str = STATIC

@@ -94,25 +94,25 @@ class _SimulatedInstances(InstanceTable):
         return grown
 
     @cached_property
-    def prefill_tokens(self) -> Ints:  # type: ignore[override]
+    def prefill_tokens(self) -> Ints:
         return np.asarray(self.__dict__["_settled"][8].astype(np.int64))
 
     @cached_property
-    def decode_tokens(self) -> Ints:  # type: ignore[override]
+    def decode_tokens(self) -> Ints:
         return np.asarray((self._grown + self.__dict__["_settled"][5]).astype(np.int64))
 
     @cached_property
-    def decode_requests(self) -> Ints:  # type: ignore[override]
+    def decode_requests(self) -> Ints:
         settled = self.__dict__["_settled"]
         return np.asarray((settled[2] + settled[6]).astype(np.int64))
 
     @cached_property
-    def kv_tokens(self) -> Ints:  # type: ignore[override]
+    def kv_tokens(self) -> Ints:
         settled = self.__dict__["_settled"]
         return np.asarray((self._grown + settled[5] + settled[7]).astype(np.int64))
 
     @cached_property
-    def max_tokens(self) -> Ints:  # type: ignore[override]
+    def max_tokens(self) -> Ints:
         """As :func:`sglang_ares.srt.policy.elastic.instances.max_tokens`, of all workers."""
         law, capacity = self.__dict__["_law"], self.kv_capacity
         room_ms = (
@@ -124,7 +124,7 @@ class _SimulatedInstances(InstanceTable):
         return np.asarray(most.astype(np.int64))
 
     @cached_property
-    def token_ms(self) -> Floats:  # type: ignore[override]
+    def token_ms(self) -> Floats:
         """The length of the step that a worker is in; of one that has no memory for the next step,
         how long it has stood still."""
         clock, tokens, n, due, step = self.__dict__["_settled"][:5]

@@ -21,9 +21,10 @@ class FlipRules(msgspec.Struct, frozen=True, kw_only=True):
     the decode pool may. ``sustained``: consecutive passes a condition must hold. ``cooldown_s``:
     no change from prefill to decode this soon after the last one. ``horizon_s``: how far ahead
     ours looks. ``act``: the forecast load above which ours changes the split. ``gain``: how much
-    of the worse of the two loads a flip must save, for ours. ``cost``: what moving requests off a worker takes. ``headroom_tokens``: KV that must stay free
-    on the others. ``reserved_tokens``: KV that decode workers keep free for every request they
-    admit (upstream's ``num_reserved_decode_tokens``).
+    of the worse of the two loads a flip must save, for ours. ``cost``: what moving requests off a
+    worker takes. ``headroom_tokens``: KV that must stay free on the others. ``reserved_tokens``:
+    KV that decode workers keep free for every request they admit (upstream's
+    ``num_reserved_decode_tokens``).
     """
 
     expand: float = 1.0
