@@ -268,6 +268,16 @@ def test_the_forecast_follows_level_and_trend() -> None:
     assert rising.demand.prefill_work_ms(10) > 10 * rising.demand.prefill_ms_per_s
 
 
+def test_the_trend_of_resident_tokens_is_followed() -> None:
+    forecast = ArrivalForecast()
+    for second in range(100):
+        forecast.observe_resident(1.0, 1000.0 + 50 * second)
+    assert forecast.demand.resident_trend == pytest.approx(50, rel=0.01)
+    for _ in range(100):
+        forecast.observe_resident(1.0, 5950.0)
+    assert abs(forecast.demand.resident_trend) < 0.1
+
+
 @given(rate=st.floats(0, 1e4), trend=st.floats(-1e3, 1e3), horizon=st.floats(0.1, 100))
 def test_work_within_a_horizon_is_an_integral(rate: float, trend: float, horizon: float) -> None:
     demand = Demand(prefill_ms_per_s=rate, prefill_ms_trend=trend)
