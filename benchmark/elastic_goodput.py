@@ -167,9 +167,12 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         found = {r["arm"]: r["goodput"] for r in rows if r["workload"] == name}
-        arms = [arm for arm in ARMS if found.get(arm)]
+        splits = {a: rate for a, rate in found.items() if is_static(a) and rate}
+        found["best static split"] = max(splits.values(), default=0.0)
+        others = [a for a in ARMS if not is_static(a)]
+        arms = [a for a in ("static 4P4D", "best static split", *others) if found.get(a)]
         base = found.get("static 4P4D") or float("nan")
-        best = max((found[a] for a in arms if is_static(a)), default=0.0)
+        best = found["best static split"]
         colours = [
             "#D55E00" if a.startswith("ares") else "#0072B2" if "arrow" in a else "#999999"
             for a in arms
