@@ -18,7 +18,11 @@ from sglang_ares.profiles.profile import ProfileError, load_profile, shipped_pro
 from sglang_ares.simulator.config import ORACLE, SimulationConfig, SimulationError
 from sglang_ares.simulator.prediction import PREDICTIONS, ErrorModel, load_error_model
 from sglang_ares.simulator.result import Result
+from sglang_ares.simulator.roles import COLOCATED, RolesConfig
+from sglang_ares.simulator.roles.config import EMPTY, RELABEL
+from sglang_ares.simulator.roles.simulation import RolesSimulation
 from sglang_ares.simulator.simulation import Simulation
+from sglang_ares.srt.policy.elastic.decisions import REQUEST_SCHEDULING, ROLES
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 
 
@@ -70,6 +74,22 @@ def arguments() -> argparse.ArgumentParser:
         help="multiplies the error of --prediction noisy",
     )
     policy.add_argument("--error-model", metavar="FILE", help="that error, as JSON")
+    policy.add_argument(
+        "--roles",
+        choices=(*ROLES.names(), COLOCATED),
+        help="let workers change their roles; needs both SLOs; without it, pools are fixed and "
+        "requests are placed by --placement",
+    )
+    policy.add_argument(
+        "--request-scheduling",
+        choices=REQUEST_SCHEDULING.names(),
+        help="with --roles: where requests run; default: as --roles, minimal_load for fixed ones",
+    )
+    policy.add_argument(
+        "--role-change",
+        choices=(RELABEL, EMPTY),
+        help="with --roles: how a worker changes; default: relabel for arrow, else empty",
+    )
     policy.add_argument("--ttft-slo-ms", type=float, default=0.0, help="0: none")
     policy.add_argument("--tpot-slo-ms", type=float, default=0.0, help="0: none")
     output = parser.add_argument_group("output")
@@ -83,6 +103,20 @@ def arguments() -> argparse.ArgumentParser:
 def configuration(args: argparse.Namespace) -> SimulationConfig:
     """What the command line asks for. Raises :class:`SimulationError` and the errors of files."""
     oracle = args.rescheduling == ORACLE
+    roles = None
+    if args.roles:
+        if not (args.ttft_slo_ms and args.tpot_slo_ms):
+            raise SimulationError(
+                f"--roles {args.roles} weighs loads against both SLOs; set --ttft-slo-ms and "
+                "--tpot-slo-ms."
+            )
+        roles = RolesConfig(
+            policy=args.roles,
+            scheduling=args.request_scheduling or "",
+            change=args.role_change or "",
+        )
+    elif args.request_scheduling or args.role_change:
+        raise SimulationError("--request-scheduling and --role-change are of --roles; set it.")
     return SimulationConfig(
         prefill_workers=args.prefill_workers,
         decode_workers=args.decode_workers,
@@ -99,6 +133,7 @@ def configuration(args: argparse.Namespace) -> SimulationConfig:
         warmup_s=args.warmup,
         seed=args.seed,
         record_stays=args.trace is not None,
+        roles=roles,
     )
 
 
@@ -134,7 +169,8 @@ def simulate_with_progress(
     )
     with bar:
         task = bar.add_task("", total=len(stream))
-        return Simulation(config, stream).run(lambda done: bar.update(task, completed=done))
+        kind = Simulation if config.roles is None else RolesSimulation
+        return kind(config, stream).run(lambda done: bar.update(task, completed=done))
 
 
 def table(result: Result) -> Table:
@@ -163,6 +199,9 @@ def lines(result: Result) -> list[str]:
         f"migrations {summary['migrations']:,}, {summary['moved_bytes'] / 1e9:,.2f} GB; "
         + ", ".join(f"{name} {summary[f'migrations_{name}']:,}" for name in moves),
     ]
+    if result.roles is not None:
+        flips = result.roles.flips
+        parts.append(f"changes of role {len(flips):,}, refused {result.roles.refused or 'none'}")
     if imbalance:
         parts.append(
             f"resident tokens per worker: most over mean {imbalance['max_over_mean']:.2f}, "
@@ -198,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sglang_ares.simulator.trace import write_trace
 
         write_trace(args.trace, result)
-    if args.plot:
+    if args.plot and config.roles is not None:
+        from sglang_ares.simulator.roles.plot import plot_roles
+
+        plot_roles(args.plot, {config.roles.policy: result})
+    elif args.plot:
         from sglang_ares.simulator.plots import plot_load
 
         plot_load(args.plot, {config.rescheduling: result})

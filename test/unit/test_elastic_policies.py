@@ -209,7 +209,7 @@ def test_the_monitor_waits_until_the_condition_is_sustained() -> None:
 # --- ours -----------------------------------------------------------------------------------
 
 PREFILL_HEAVY = Demand(prefill_ms_per_s=3500, requests_per_s=2, prompt_tokens=5000, output_tokens=9)
-DECODE_HEAVY = Demand(prefill_ms_per_s=200, requests_per_s=4, prompt_tokens=100, output_tokens=4000)
+DECODE_HEAVY = Demand(prefill_ms_per_s=200, requests_per_s=4, resident_trend=5000)
 
 
 def plan_until_rest(labels: list[bool], demand: Demand, **columns: Any) -> list[bool]:
@@ -266,6 +266,16 @@ def test_the_forecast_follows_level_and_trend() -> None:
         rising.observe(1.0, second, 100 * second, 10.0 * second)
     assert rising.demand.prefill_ms_trend > 0
     assert rising.demand.prefill_work_ms(10) > 10 * rising.demand.prefill_ms_per_s
+
+
+def test_the_trend_of_resident_tokens_is_followed() -> None:
+    forecast = ArrivalForecast()
+    for second in range(100):
+        forecast.observe_resident(1.0, 1000.0 + 50 * second)
+    assert forecast.demand.resident_trend == pytest.approx(50, rel=0.01)
+    for _ in range(100):
+        forecast.observe_resident(1.0, 5950.0)
+    assert abs(forecast.demand.resident_trend) < 0.1
 
 
 @given(rate=st.floats(0, 1e4), trend=st.floats(-1e3, 1e3), horizon=st.floats(0.1, 100))

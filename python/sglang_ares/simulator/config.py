@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from sglang_ares.profiles.profile import Profile, load_profile
 from sglang_ares.simulator.prediction import PREDICTIONS, ErrorModel
+from sglang_ares.simulator.roles.config import RolesConfig
 from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import MoveCost, RescheduleLimits
@@ -32,7 +33,9 @@ class SimulationConfig:
     ``free_moves``: a migration takes no time and no bandwidth and pauses nothing; None: for the
     oracle only. ``ttft_slo_ms``, ``tpot_slo_ms``: what a request is promised, 0 for nothing.
     ``warmup_s``: requests that arrive earlier are simulated, and left out of the statistics.
-    ``sample_interval_s``: seconds between samples of the load, 0 for 300 samples in all.
+    ``sample_interval_s``: seconds between samples of the load, 0 for 300 samples in all. ``roles``:
+    how workers change their roles, and then where requests run; None: fixed pools, and requests
+    are placed as the engine does.
     """
 
     prefill_workers: int = 1
@@ -61,6 +64,7 @@ class SimulationConfig:
     sample_interval_s: float = 0.0
     seed: int = 0
     record_stays: bool = False
+    roles: RolesConfig | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -106,6 +110,19 @@ class SimulationConfig:
             raise SimulationError(
                 f"rescheduling is {ORACLE!r} and prediction {self.prediction!r}; the oracle knows "
                 "the true lengths: set prediction to 'true'."
+            )
+
+        if self.roles is not None:
+            self._check_roles()
+
+    def _check_roles(self) -> None:
+        for name in ("ttft_slo_ms", "tpot_slo_ms"):
+            if not getattr(self, name):
+                raise SimulationError(f"roles weigh loads against both SLOs; set {name}.")
+        if self.rescheduling != "none":
+            raise SimulationError(
+                f"rescheduling is {self.rescheduling!r} and roles are simulated; with roles only "
+                "the moves that empty a worker are: set rescheduling to 'none'."
             )
 
     @property

@@ -10,6 +10,7 @@ from functools import partial
 
 from sglang_ares.bench.workloads.stream import RequestStream
 from sglang_ares.simulator.config import SimulationConfig
+from sglang_ares.simulator.roles.simulation import RolesSimulation
 from sglang_ares.simulator.simulation import Simulation
 from sglang_ares.simulator.verdict import Verdict
 
@@ -53,14 +54,17 @@ def try_rate(
     config: SimulationConfig, stream: RequestStream, rate: float, share: float | None = None
 ) -> Point:
     """Simulate ``stream`` with its timestamps scaled to ``rate``; with a ``share`` only until it is
-    certain whether so many requests meet both SLOs.
+    certain whether so many requests meet both SLOs (workers that change roles: to the end).
 
     The warm-up is scaled too: the same requests count at every rate."""
     factor = stream.rate / rate
     scaled = stream.scaled(factor)
     config = replace(config, warmup_s=config.warmup_s * factor)
-    verdict = Verdict(config, scaled, share) if share is not None else None
-    result = Simulation(config, scaled).run(verdict=verdict)
+    if config.roles is not None:
+        result = RolesSimulation(config, scaled).run()
+    else:
+        verdict = Verdict(config, scaled, share) if share is not None else None
+        result = Simulation(config, scaled).run(verdict=verdict)
     summary = result.summary()
     tpot, ttft = summary["tpot_ms"], summary["ttft_ms"]
     return Point(

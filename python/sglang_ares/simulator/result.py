@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.request_log import Stay
+from sglang_ares.simulator.roles.history import RoleHistory
 from sglang_ares.srt.policy.snapshot import Bools, Floats, Ints
 
 
@@ -24,7 +25,8 @@ class Result:
     ``worker``: the decode worker it ended on, -1 if rejected. ``sample_s`` ``(S,)`` and
     ``sample_tokens`` ``(S, W)``: resident tokens of the decode workers over time. ``counters``:
     migrations, their tokens, retractions, rounds. ``wall_s``, ``cpu_s``: what the simulation took.
-    ``stays``: where each request was computed, if that was recorded.
+    ``stays``: where each request was computed, if that was recorded. ``roles``: how workers changed
+    their roles, if they could.
     """
 
     config: SimulationConfig
@@ -45,6 +47,7 @@ class Result:
     wall_s: float
     cpu_s: float
     stays: tuple[Stay, ...] | None = None
+    roles: RoleHistory | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -138,6 +141,8 @@ class Result:
             "config": msgspec.to_builtins(self.config),
             "summary": self.summary(),
         }
+        if self.roles is not None:
+            document["roles"] = {"sample_s": self.sample_s.tolist(), **self.roles.to_dict()}
         if raw:
             names = (
                 "arrival_s prompt_tokens output_tokens prefilled_s first_token_s finished_s "

@@ -103,10 +103,12 @@ class RolePlanner:
             return
         prompts, self._arrived = self._arrived, []
         prefill_ms = sum(self._instances.prompt_ms(tokens) for tokens in prompts)
-        self._forecast.observe(now - self._last_pass, len(prompts), sum(prompts), prefill_ms)
+        interval_s = now - self._last_pass
+        self._forecast.observe(interval_s, len(prompts), sum(prompts), prefill_ms)
         self._last_pass = now
         self._table = self._instances.table(now)
         self._show(self.loads(self._table))
+        self._forecast.observe_resident(interval_s, float(self._table.decode_tokens.sum()))
         if self.policy == STATIC or self._roles.under_way or self._instances.prefill_time is None:
             return
         if not all(self._state.with_role(role) for role in (PREFILL, DECODE)):

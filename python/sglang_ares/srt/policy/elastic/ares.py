@@ -26,39 +26,69 @@ from sglang_ares.srt.policy.elastic.decisions import (
 
 
 def prefill_load(moment: Moment, workers: float) -> float:
-    """Prefill work that must be done in time, as a share of what so many workers can do: the
-    backlog and what arrives within the horizon, against the horizon and one TTFT SLO after it."""
+    """How busy so many workers will be with prefill: the larger of the work that arrives, as a
+    share of what they can do, and of the wait of a prompt that arrives at the horizon, as a share
+    of the TTFT SLO."""
     if workers <= 0:
         return math.inf
     horizon_s = moment.rules.horizon_s
-    work_ms = float(moment.instances.prefill_ms.sum()) + moment.demand.prefill_work_ms(horizon_s)
-    return work_ms / (workers * (1000 * horizon_s + moment.slo.ttft_ms))
+    arriving_ms = moment.demand.prefill_work_ms(horizon_s) / workers
+    backlog_ms = float(moment.instances.prefill_ms.sum()) / workers
+    wait_ms = backlog_ms + arriving_ms - 1000 * horizon_s
+    return max(arriving_ms / (1000 * horizon_s), wait_ms / moment.slo.ttft_ms)
 
 
 def resident_tokens(moment: Moment) -> float:
-    """Tokens expected to be resident for decoding at the horizon.
+    """KV expected to be taken by decoding at the horizon, what is reserved per request included:
+    what is resident now, and its trend.
 
-    A request stays ``τ = output tokens × time per token``: what is resident now decays by
-    ``exp(-H/τ)``, what arrives approaches arrivals × τ × its mean size (prompt and half its
-    output). Prompts that wait for prefill are on their way.
+    (Arrivals times the mean output would be a forecast too. But outputs are known of requests that
+    have ended, so that it is wrong for as long as an output takes, just when the mix changes.)
     """
-    instances, demand, horizon_s = moment.instances, moment.demand, moment.rules.horizon_s
-    now = float(instances.decode_tokens.sum() + instances.prefill_tokens.sum())
-    busy = instances.token_ms[instances.token_ms > 0]
-    token_s = (float(busy.mean()) if len(busy) else moment.slo.tpot_ms) / 1000
-    stay_s = demand.output_tokens * token_s
-    if stay_s <= 0:
-        return now
-    kept = math.exp(-horizon_s / stay_s)
-    per_s = demand.requests(horizon_s) / horizon_s
-    arriving = per_s * stay_s * (demand.prompt_tokens + demand.output_tokens / 2)
-    return now * kept + arriving * (1 - kept)
+    instances, demand, rules = moment.instances, moment.demand, moment.rules
+    tokens = float(instances.decode_tokens.sum())
+    reserved = rules.reserved_tokens * float(instances.decode_requests.sum())
+    later = max(0.0, tokens + demand.resident_trend * rules.horizon_s)
+    return later + reserved * (later / tokens if tokens > 0 else 1.0)
 
 
 def decode_load(moment: Moment, tokens: float, workers: float) -> float:
     """``tokens`` as a share of what so many mean workers may hold within the TPOT SLO."""
     capacity = workers * float(moment.instances.max_tokens.mean())
     return tokens / capacity if capacity > 0 else math.inf
+
+
+class Split:
+    """The worse of the two forecast loads, for every number of prefill workers."""
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self._tokens = resident_tokens(moment)
+        self._total = len(moment.instances)
+        self.prefills = len(moment.instances.pool(decodes=False))
+
+    def worse(self, prefills: float, lost: float = 0.0, *, to_decode: bool = True) -> float:
+        """With so many prefill workers, while a flip costs ``lost`` workers of the new role."""
+        prefill = prefill_load(self._moment, prefills - (0.0 if to_decode else lost))
+        decodes = self._total - prefills - (lost if to_decode else 0.0)
+        return max(prefill, decode_load(self._moment, self._tokens, decodes))
+
+    @property
+    def best(self) -> int:
+        """The number of prefill workers with the smallest worse load, the nearest of equals."""
+        return min(range(1, self._total), key=lambda n: (self.worse(n), abs(n - self.prefills)))
+
+    def saved(self, row: int, *, to_decode: bool) -> float:
+        """What the flip of worker ``row`` lowers the worse load by, its cost considered."""
+        instances, rules = self._moment.instances, self._moment.rules
+        busy_s = (
+            instances.prefill_ms[row] / 1000
+            if to_decode
+            else rules.cost.seconds(float(instances.decode_tokens[row]))
+        )
+        after = self.prefills + (-1 if to_decode else 1)
+        lost = min(1.0, busy_s / rules.horizon_s)
+        return self.worse(self.prefills) - self.worse(after, lost, to_decode=to_decode)
 
 
 def has_room_without(moment: Moment, row: int) -> bool:
@@ -78,35 +108,21 @@ def plan_roles(moment: Moment) -> tuple[Flip | None, FlipMemory]:
     total = len(instances)
     if total < 3:
         return None, memory
-    tokens = resident_tokens(moment)
-    prefills = len(instances.pool(decodes=False))
-
-    def worse(workers: int, lost: float = 0.0, *, to_decode: bool = True) -> float:
-        """The worse load with so many prefill workers, while the flip costs ``lost`` workers."""
-        prefill = prefill_load(moment, workers - (0.0 if to_decode else lost))
-        decode = decode_load(moment, tokens, total - workers - (lost if to_decode else 0.0))
-        return max(prefill, decode)
-
-    current = worse(prefills)
-    best = min(range(1, total), key=lambda n: (worse(n), abs(n - prefills)))
+    split = Split(moment)
+    current, best = split.worse(split.prefills), split.best
     row = None
-    if best != prefills and current > rules.shrink:
-        to_decode = best < prefills
+    if best != split.prefills and current > rules.act:
+        to_decode = best < split.prefills
         row = flip_candidate(moment, to_decode=to_decode)
     if row is None or (not to_decode and not has_room_without(moment, row)):
         return None, msgspec.structs.replace(memory, held_passes=0)
-    after = prefills + (-1 if to_decode else 1)
-    busy_s = (
-        instances.prefill_ms[row] / 1000
-        if to_decode
-        else rules.cost.seconds(float(instances.decode_tokens[row]))
-    )
-    saved = current - worse(after, min(1.0, busy_s / rules.horizon_s), to_decode=to_decode)
+    saved = split.saved(row, to_decode=to_decode)
     if saved < rules.gain * current:
         return None, msgspec.structs.replace(memory, held_passes=0)
     held = memory.held_passes + 1
     if held < rules.sustained and current < rules.expand:
         return None, msgspec.structs.replace(memory, held_passes=held)
+    after = split.prefills + (-1 if to_decode else 1)
     reason = (
         f"within {rules.horizon_s:g} s the worse load falls from {current:.2f} to "
         f"{current - saved:.2f} with {after} prefill workers"
@@ -116,15 +132,18 @@ def plan_roles(moment: Moment) -> tuple[Flip | None, FlipMemory]:
 
 def assign_prefill(prompt_ms: float, moment: Moment) -> Assignment:
     """The prefill worker that will be done first; one flipped from decode if that is too late,
-    decode load is low, and the others have room."""
+    the others have room, and the split would be better for it."""
     instances = moment.instances
     rows = instances.pool(decodes=False)
     row = int(rows[instances.prefill_ms[rows].argmin()])
-    late = instances.prefill_ms[row] + prompt_ms > moment.slo.ttft_ms
-    if late and instances.decode_load(moment.slo) <= moment.rules.shrink:
+    if instances.prefill_ms[row] + prompt_ms > moment.slo.ttft_ms:
         candidate = flip_candidate(moment, to_decode=False)
         if candidate is not None and has_room_without(moment, candidate):
-            return Assignment(candidate, flip=True)
+            split = Split(moment)
+            if split.saved(candidate, to_decode=False) > moment.rules.gain * split.worse(
+                split.prefills
+            ):
+                return Assignment(candidate, flip=True)
     return Assignment(row)
 
 

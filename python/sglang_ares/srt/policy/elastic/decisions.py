@@ -20,9 +20,11 @@ class FlipRules(msgspec.Struct, frozen=True, kw_only=True):
     prefill load below which the prefill pool may give a worker away, and decode load below which
     the decode pool may. ``sustained``: consecutive passes a condition must hold. ``cooldown_s``:
     no change from prefill to decode this soon after the last one. ``horizon_s``: how far ahead
-    ours looks. ``gain``: how much of the worse of the two loads a flip must save, for ours.
-    ``cost``: what moving requests off a worker takes. ``headroom_tokens``: KV that must stay free
-    on the others.
+    ours looks. ``act``: the forecast load above which ours changes the split. ``gain``: how much
+    of the worse of the two loads a flip must save, for ours. ``cost``: what moving requests off a
+    worker takes. ``headroom_tokens``: KV that must stay free on the others. ``reserved_tokens``:
+    KV that decode workers keep free for every request they admit (upstream's
+    ``num_reserved_decode_tokens``).
     """
 
     expand: float = 1.0
@@ -30,9 +32,11 @@ class FlipRules(msgspec.Struct, frozen=True, kw_only=True):
     sustained: int = 3
     cooldown_s: float = 10.0
     horizon_s: float = 10.0
+    act: float = 0.8
     gain: float = 0.1
     cost: MoveCost = MoveCost()
     headroom_tokens: int = 1024
+    reserved_tokens: int = 512
 
     def __post_init__(self) -> None:
         if not 0 <= self.shrink < self.expand:

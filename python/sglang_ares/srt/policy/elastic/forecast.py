@@ -11,7 +11,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """What arrives, per second: prefill work in milliseconds, and tokens that become resident for
     decoding (prompt tokens of new requests); and what stays: ``output_tokens`` is the mean output
     of a finished request, ``prompt_tokens`` the mean prompt of a new one, ``requests_per_s`` how
-    many arrive. ``*_trend``: change per second of the two rates."""
+    many arrive. ``*_trend``: change per second of the two rates. ``resident_trend``: change per
+    second of the tokens that are resident for decoding, on all workers together."""
 
     prefill_ms_per_s: float = 0.0
     prefill_ms_trend: float = 0.0
@@ -19,6 +20,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     requests_trend: float = 0.0
     prompt_tokens: float = 0.0
     output_tokens: float = 0.0
+    resident_trend: float = 0.0
 
     def prefill_work_ms(self, horizon_s: float) -> float:
         """Milliseconds of prefill work that arrive within the horizon; never negative."""
@@ -43,6 +45,8 @@ class ArrivalForecast:
         self._requests = _Holt()
         self._prompt_tokens = 0.0
         self._output_tokens = 0.0
+        self._resident: float | None = None
+        self._resident_trend = 0.0
 
     def observe(
         self, interval_s: float, requests: int, prompt_tokens: int, prefill_ms: float
@@ -60,6 +64,14 @@ class ArrivalForecast:
             weight = alpha if self._prompt_tokens else 1.0
             self._prompt_tokens += weight * (mean - self._prompt_tokens)
 
+    def observe_resident(self, interval_s: float, tokens: float) -> None:
+        """So many tokens are resident for decoding, ``interval_s`` seconds after the last time."""
+        if self._resident is not None:
+            weight = 1 - math.exp(-interval_s / self._level_s)
+            change = (tokens - self._resident) / interval_s
+            self._resident_trend += weight * (change - self._resident_trend)
+        self._resident = tokens
+
     def finished(self, output_tokens: int) -> None:
         """A request has ended after that many tokens."""
         weight = 0.02 if self._output_tokens else 1.0
@@ -75,6 +87,7 @@ class ArrivalForecast:
             requests_trend=self._requests.trend / 2,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            resident_trend=self._resident_trend,
         )
 
 
