@@ -60,6 +60,7 @@ def try_rate(
     factor = stream.rate / rate
     scaled = stream.scaled(factor)
     config = replace(config, warmup_s=config.warmup_s * factor)
+    verdict = None
     if config.roles is not None:
         result = RolesSimulation(config, scaled).run()
     else:
