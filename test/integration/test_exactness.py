@@ -22,21 +22,17 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 MOVES_EACH = 3
 LOGPROB_TOLERANCE = 1e-4
 AT_ONCE = 8
-# Of the requests that could be moved often enough: some end early, by themselves.
-MOVED_SHARE = 0.7
 
-_SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "minLength": 20, "maxLength": 60},
-            "values": {"type": "array", "items": {"type": "integer"}, "minItems": 60},
-            "ok": {"type": "boolean"},
-        },
-        "required": ["name", "values", "ok"],
-        "additionalProperties": False,
-    }
-)
+_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 20, "maxLength": 60},
+        "values": {"type": "array", "items": {"type": "integer"}},
+        "ok": {"type": "boolean"},
+    },
+    "required": ["name", "values", "ok"],
+    "additionalProperties": False,
+}
 # Family name -> (share of the requests, sampling parameters, other fields).
 FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "greedy": (60, {"temperature": 0}, {}),
@@ -53,7 +49,7 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"temperature": 0, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
         {},
     ),
-    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 300}, {}),
+    "min_new_tokens": (10, {"temperature": 1.0, "min_new_tokens": 0}, {}),
     "stop_string": (15, {"temperature": 1.0, "stop": ["77 7 7", "0 0 0 0"]}, {}),
     "stop_token_ids": (
         10,
@@ -72,20 +68,34 @@ FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"return_logprob": True, "logprob_start_len": 0},
     ),
     "n_2": (10, {"temperature": 1.0, "n": 2}, {}),
-    "json_schema": (15, {"temperature": 1.0, "json_schema": _SCHEMA}, {}),
+    "json_schema": (15, {"temperature": 1.0, "json_schema": ""}, {}),
 }
 
 
 @dataclass(frozen=True)
 class Size:
     """``share``: of each family's requests; ``tokens``: least output of those that do not end by
-    themselves, which must leave time for the moves."""
+    themselves, which must leave time for the moves; ``min_new_tokens`` and ``min_items`` keep the
+    families of these names going; ``moved``: share that must have been moved often enough."""
 
     share: float
     tokens: int
+    min_new_tokens: int
+    min_items: int
+    moved: float
+
+    def fill(self, params: dict[str, Any]) -> None:
+        """What depends on the size in the sampling parameters."""
+        if "min_new_tokens" in params:
+            params["min_new_tokens"] = self.min_new_tokens
+        if "json_schema" in params:
+            values = {**_SCHEMA["properties"]["values"], "minItems": self.min_items}
+            properties = {**_SCHEMA["properties"], "values": values}
+            params["json_schema"] = json.dumps({**_SCHEMA, "properties": properties})
 
 
-FULL, SHORT = Size(share=1.0, tokens=800), Size(share=1 / 3, tokens=360)
+FULL = Size(share=1.0, tokens=800, min_new_tokens=700, min_items=120, moved=200 / 275)
+SHORT = Size(share=1 / 3, tokens=360, min_new_tokens=300, min_items=60, moved=0.7)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,7 @@ def bodies(size: Size) -> dict[str, dict[str, Any]]:
                 "ignore_eos": family not in ("stop_string", "stop_token_ids", "json_schema"),
                 **sampling,
             }
+            size.fill(params)
             requests[f"{family}-{i}"] = {
                 "text": f"walk {5 + i % 20}\n",
                 "sampling_params": params,
@@ -157,7 +168,7 @@ def test_every_request_was_moved_often_enough(runs: Any, size: Size) -> None:
         and answer["meta_info"]["completion_tokens"] >= size.tokens
     ]
     thrice = sum(1 for moves in log.completed.values() if moves >= MOVES_EACH)
-    assert thrice >= MOVED_SHARE * len(moved), (thrice, log.outcomes, log.reasons, short)
+    assert thrice >= size.moved * len(moved), (thrice, log.outcomes, log.reasons, short)
     assert not log.outcomes["failed"], log.outcomes
 
 
