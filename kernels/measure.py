@@ -1,4 +1,4 @@
-"""Timing on a GPU: medians over replays of a CUDA graph, with the weights out of the cache."""
+"""Timing on a GPU: work within a CUDA graph, with weights that are not in the cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Copies of a head are used in turn: together so much larger than any L2 cache.
+_COLD_BYTES = 200 << 20
+# A graph holds at least so many calls, so that what it costs to start it hardly counts.
+_CALLS = 20
+
 
 def head_sizes(d: int) -> tuple[int, ...]:
     """The head's layers for hidden size ``d``, as ``sglang_ares.srt.predictor.head`` has them."""
@@ -19,14 +24,20 @@ def head_sizes(d: int) -> tuple[int, ...]:
 
 def head_layers(d: int, dtype: torch.dtype, device: Any, seed: int = 0) -> list[Any]:
     """A random head."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     return [
         (
-            (torch.randn(o, i, generator=generator) * (2 / i) ** 0.5).to(device, dtype),
-            (0.1 * torch.randn(o, generator=generator)).to(device, dtype),
+            (torch.randn(o, i, generator=generator, device=device) * (2 / i) ** 0.5).to(dtype),
+            (0.1 * torch.randn(o, generator=generator, device=device)).to(dtype),
         )
         for i, o in pairwise(head_sizes(d))
     ]
+
+
+def cold_copies(layers: list[Any]) -> list[list[Any]]:
+    """The head and copies of it, so many that none is in the cache when its turn comes again."""
+    more = max(2, -(-_COLD_BYTES // weight_bytes(layers))) - 1
+    return [layers, *([(w.clone(), b.clone()) for w, b in layers] for _ in range(more))]
 
 
 def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -34,8 +45,7 @@ def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
+        work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -43,35 +53,40 @@ def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _timed(run: Callable[[], Any], repeats: int, flush: Tensor) -> float:
+def seconds(
+    work: Callable[..., Any], variants: Sequence[Any], *, graph: bool = True, repeats: int = 15
+) -> float:
+    """Seconds a call of ``work(variant)``, the variants in turn, one after another on the GPU: from
+    a CUDA graph that holds all calls, or launched one by one. Median of ``repeats``."""
+    rounds = -(-_CALLS // len(variants))
+
+    def calls() -> None:
+        for _ in range(rounds):
+            for variant in variants:
+                work(variant)
+
+    run: Callable[[], Any] = graph_of(calls).replay if graph else calls
     times = []
-    for _ in range(repeats):
-        flush.zero_()  # in service the model's own weights pass through the cache in between
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+    for i in range(-2, repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        if i >= 0:
+            times.append(start.elapsed_time(end) / 1e3 / (rounds * len(variants)))
     return statistics.median(times)
 
 
-def seconds(work: Callable[[], Any], *, graph: bool = True, repeats: int = 30) -> float:
-    """Median seconds of ``work``, replayed from a graph or launched, with a cold L2 cache."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    run: Callable[[], Any] = graph_of(work).replay if graph else work
-    for _ in range(3):
-        run()
-    return _timed(run, repeats, flush)
-
-
 def bandwidth() -> float:
-    """Bytes per second of a large copy (read and write counted): what this GPU reaches."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    """Bytes per second that this GPU reads at most, of 1 GiB (a sum, and a copy whose reads and
+    writes count; the better one)."""
+    source = torch.zeros(1 << 28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    flush = torch.empty(1, dtype=torch.int8, device="cuda")
-    return 2 * source.numel() / _timed(lambda: target.copy_(source), 20, flush)
+    size = source.numel() * source.element_size()
+    summed = seconds(lambda x: x.sum(), [source], repeats=5)
+    copied = seconds(target.copy_, [source], repeats=5)
+    return max(size / summed, 2 * size / copied)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -19,12 +19,14 @@ UNTUNED: Final = "untuned"
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a block (at least 16); output columns of a tile and inputs read at a time, for the
-    first and second layer; inputs read at a time for the third; warps; pipeline stages."""
+    """Rows of a block (at least 16), output columns of a tile and inputs read at a time, for the
+    first layer and for the second; inputs read at a time for the third, whose blocks have ``rows2``
+    rows; warps; pipeline stages. ``rows1`` is a multiple of ``rows2``."""
 
-    rows: int
+    rows1: int
     columns1: int
     inner1: int
+    rows2: int
     columns2: int
     inner2: int
     inner3: int
@@ -42,10 +44,10 @@ def _table() -> dict[str, Any]:
 def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
     table = _table()
     entries = table.get(device, {}).get(dtype) or table[UNTUNED][dtype]
-    # The nearest hidden size measured, then the smallest batch that is not below this one.
+    # The nearest hidden size measured, then the smallest batch that is not below this one, if any.
     nearest = min({e["d"] for e in entries}, key=lambda size: abs(size - d))
     fitting = [e for e in entries if e["d"] == nearest]
-    entry = min((e for e in fitting if e["max_rows"] >= rows), key=lambda e: e["max_rows"])
+    entry = min(fitting, key=lambda e: (e["max_rows"] < rows, abs(e["max_rows"] - rows)))
     return Tiles(**entry["tiles"])
 
 

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="sampling temperature")
     add("--at-once", type=int, default=None, help="requests under way at a time: 48, offline 512")
     add("--offline", action="store_true", help="decode in this process, without a cluster: Llama")
+    add("--device", default="cpu", help="with --offline: cpu or cuda")
     add("--seed", type=int, default=0, help="seed of prompts, answers and split")
 
     add = command("train", "train a head, and the arms it is compared with", train)
@@ -86,7 +87,7 @@ def collect(args: argparse.Namespace) -> None:
         from sglang_ares.srt.predictor.offline import OfflineCollection
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        OfflineCollection(args.out, at_once=args.at_once or 512, **what).run()
+        OfflineCollection(args.out, at_once=args.at_once or 512, **what).run(args.device)
     else:
         from sglang_ares.srt.predictor.collect import ClusterCollection
 

@@ -73,7 +73,8 @@ def train_arms(
     parameters = {"ours": head.parameters}
     if compared:
         l1 = trained("l1")
-        wanted = PromptModelPlan(int(np.ceil(PROMPT_ONLY_RATIO * head.parameters)), plan.seed)
+        least = int(np.ceil(PROMPT_ONLY_RATIO * head.parameters))
+        wanted = PromptModelPlan(least, plan.seed, device=plan.device)
         part = out / "parts" / "prompt_only.npz"
         prompt_only, parameters["prompt_only"] = _prompt_only(
             part, wanted, str(data), train, validation, test, report

@@ -55,6 +55,7 @@ class PromptModelPlan:
     patience: int = 10
     batch: int = 64
     learning_rate: float = 1e-3
+    device: str = "cpu"
 
 
 class PromptModel(nn.Module):
@@ -94,6 +95,11 @@ class _Requests:
     lengths: Tensor
     generated: Tensor
     labelled: Tensor
+
+    def to(self, device: str) -> _Requests:
+        """On a device."""
+        parts = (self.ids, self.lengths, self.generated, self.labelled)
+        return _Requests(*(part.to(device) for part in parts))
 
     def errors(self, rows: Tensor | slice, totals: Tensor) -> Tensor:
         """``(rows, most labels)`` absolute errors of predicted totals; 0 where no label is."""
@@ -138,8 +144,9 @@ def train_prompt_model(
         model := PromptModel(vocabulary, width, 2, longest)
     ).parameters_count < plan.least_parameters:
         width += 32
-    data = _requests(train, vocabulary, longest)
-    held_out = _requests(validation, vocabulary, longest)
+    model = model.to(plan.device)
+    data = _requests(train, vocabulary, longest).to(plan.device)
+    held_out = _requests(validation, vocabulary, longest).to(plan.device)
     nn.init.constant_(model.out[1].bias, float(data.lengths.median()) / _UNIT)
     labels_each = len(train) / len(data.ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=0.01)
@@ -147,7 +154,8 @@ def train_prompt_model(
     best, best_error, since = copy.deepcopy(model.state_dict()), float("inf"), 0
     for epoch in range(plan.epochs):
         model.train()
-        for rows in torch.randperm(len(data.ids), generator=generator).split(plan.batch):
+        order = torch.randperm(len(data.ids), generator=generator).to(plan.device)
+        for rows in order.split(plan.batch):
             errors = data.errors(rows, model(data.ids[rows]) * _UNIT)
             loss = errors.sum() / (labels_each * len(rows) * _UNIT)
             optimizer.zero_grad(set_to_none=True)
@@ -166,7 +174,7 @@ def train_prompt_model(
         if since >= plan.patience:
             break
     model.load_state_dict(best)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _totals(model: PromptModel, ids: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class Decoded:
     states: list[NDArray[Any]] = field(default_factory=list)
 
 
-def load_model(path: str) -> Any:
-    """The model, float32 on the CPU; raises :class:`OfflineError`."""
+def load_model(path: str, device: str = "cpu") -> Any:
+    """The model in float32; raises :class:`OfflineError`."""
     from transformers import AutoConfig, LlamaForCausalLM
 
     config = AutoConfig.from_pretrained(path)
@@ -51,10 +51,9 @@ def load_model(path: str) -> Any:
             f"--offline decodes plain Llama models only; {path} is {config.model_type!r}, or has "
             "biases or scaled positions. Leave --offline out: a cluster runs any model."
         )
-    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
 
 
-@torch.inference_mode()
 def decode(
     model: Any,
     prompts: list[list[int]],
@@ -62,7 +61,15 @@ def decode(
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> list[Decoded]:
-    """Sample an answer to each prompt, with its own seed, and keep hidden states on the way."""
+    """Sample an answer to each prompt, with its own seed, and keep hidden states on the way; on the
+    model's device."""
+    with torch.device(model.device), torch.inference_mode():
+        return _decode(model, prompts, seeds, max_new_tokens, temperature)
+
+
+def _decode(
+    model: Any, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+) -> list[Decoded]:
     config = model.config
     stops = torch.tensor(np.atleast_1d(config.eos_token_id))
     lengths = torch.tensor([len(p) for p in prompts])
@@ -93,18 +100,18 @@ def decode(
 
 
 def _keep(result: list[Decoded], rows: Tensor, ended: Tensor, states: Tensor) -> None:
-    for row, state in zip(rows[~ended].tolist(), states[~ended].half().numpy(), strict=True):
+    for row, state in zip(rows[~ended].tolist(), states[~ended].half().cpu().numpy(), strict=True):
         result[row].states.append(state)
 
 
 class OfflineCollection(Collection):
     """Decodes the prompts in this process; plain Llama models."""
 
-    def run(self) -> None:
+    def run(self, device: str = "cpu") -> None:
         """Collect what is missing, ``at_once`` requests a shard."""
         from transformers import AutoTokenizer
 
-        model = load_model(self.model_path)
+        model = load_model(self.model_path, device)
         encode = AutoTokenizer.from_pretrained(self.model_path).encode
         with self.progress():
             for start in range(0, len(self.missing), self.at_once):
