@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -49,7 +50,7 @@ def cublas(states: torch.Tensor, layers: list[Any]) -> torch.Tensor:
     x = states
     for weight, bias in layers[:-1]:
         x = torch._addmm_activation(bias, x, weight.t())
-    return torch.nn.functional.linear(x, *layers[-1])
+    return functional.linear(x, *layers[-1])
 
 
 def measure(d: int, batch: int, dtype: torch.dtype, bytes_per_s: float) -> dict[str, Any]:
@@ -84,41 +85,84 @@ def measure(d: int, batch: int, dtype: torch.dtype, bytes_per_s: float) -> dict[
     return row
 
 
-def decode_step_overhead(batch: int) -> dict[str, Any]:
-    """A captured decode step of the embedded model in plain torch: without the head, with it, and
-    with it beside the output layer on a stream of its own."""
-    from transformers import LlamaForCausalLM, StaticCache
+class DecodeStep:
+    """One decode step of the embedded model in plain torch, at a context of ``CONTEXT`` tokens."""
 
-    from sglang_ares.demo_model import MODEL_DIR
+    CONTEXT = 512
 
-    model = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).cuda().eval()
-    d = model.config.hidden_size
-    layers = head_layers(d, torch.bfloat16, "cuda")
-    cache = StaticCache(config=model.config, max_cache_len=1024)
-    ids = torch.ones(batch, 1, dtype=torch.long, device="cuda")
-    place = torch.tensor([512], device="cuda")
-    out = torch.empty(batch, 4, device="cuda")
-    side = torch.cuda.Stream()
+    def __init__(self, batch: int) -> None:
+        from transformers import LlamaForCausalLM
+
+        from sglang_ares.demo_model import MODEL_DIR
+
+        loaded = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16)
+        self.model = loaded.cuda().eval()
+        self.config = config = self.model.config
+        self.ids = torch.ones(batch, dtype=torch.long, device="cuda")
+        shape = (batch, config.num_key_value_heads, self.CONTEXT, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.randn(shape, device="cuda").bfloat16() for _ in layers]
+        self.values = [torch.randn(shape, device="cuda").bfloat16() for _ in layers]
+        half = torch.arange(config.head_dim // 2, device="cuda") * 2 / config.head_dim
+        angles = (self.CONTEXT - 1) * 10000.0 ** -torch.cat([half, half])
+        self.cos, self.sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        self.layers = head_layers(config.hidden_size, torch.bfloat16, "cuda")
+        self.out = torch.empty(batch, 4, device="cuda")
+        self.side = torch.cuda.Stream()
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
+
+    def _hidden(self) -> torch.Tensor:
+        config, model = self.config, self.model.model
+        x = model.embed_tokens.weight[self.ids]
+        for layer, keys, values in zip(model.layers, self.keys, self.values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            h = self._normed(x, layer.input_layernorm)
+            q, k, v = (
+                functional.linear(h, part.weight).view(len(x), -1, 1, config.head_dim)
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            keys[:, :, -1:], values[:, :, -1:] = self._rotated(k), v
+            mixed = functional.scaled_dot_product_attention(
+                self._rotated(q), keys, values, enable_gqa=True
+            )
+            x = x + functional.linear(mixed.flatten(1), attention.o_proj.weight)
+            h = self._normed(x, layer.post_attention_layernorm)
+            gate = functional.silu(functional.linear(h, mlp.gate_proj.weight))
+            up = functional.linear(h, mlp.up_proj.weight)
+            x = x + functional.linear(gate * up, mlp.down_proj.weight)
+        return self._normed(x, model.norm)
+
+    def _normed(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
+        return functional.rms_norm(x, norm.weight.shape, norm.weight, self.config.rms_norm_eps)
 
     @torch.inference_mode()
-    def step(head: str) -> None:
-        hidden = model.model(ids, past_key_values=cache, cache_position=place)[0]
+    def __call__(self, head: str) -> None:
+        """``head``: ``"without"``, ``"before"`` the output layer, or ``"beside"`` it, on a stream of
+        its own."""
+        hidden = self._hidden()
         main = torch.cuda.current_stream()
+        if head == "before":
+            fused_mlp(hidden, self.layers, out=self.out)
+        elif head == "beside":
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                fused_mlp(hidden, self.layers, out=self.out)
+        self.model.lm_head(hidden).argmax(-1)
         if head == "beside":
-            side.wait_stream(main)
-            with torch.cuda.stream(side):
-                fused_mlp(hidden[:, -1], layers, out=out)
-        elif head == "before":
-            fused_mlp(hidden[:, -1], layers, out=out)
-        model.lm_head(hidden)
-        if head == "beside":
-            main.wait_stream(side)
+            main.wait_stream(self.side)
 
+
+def decode_step_overhead(batch: int) -> dict[str, Any]:
+    """What the head adds to a captured decode step of the embedded model."""
+    step = DecodeStep(batch)
     # In turns, so that a change of the clock meets all three.
     found: dict[str, list[float]] = {"without": [], "before": [], "beside": []}
     for _ in range(5):
         for name, times in found.items():
-            times.append(seconds(step, [name]))
+            times.append(seconds(step, [name], repeats=9))
     times = {name: statistics.median(values) for name, values in found.items()}
     return {
         "batch": batch,

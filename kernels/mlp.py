@@ -22,9 +22,11 @@ from torch import Tensor
 
 from sglang_ares_kernels.tuning import Tiles, tiles_for
 
-# Row blocks a launch can have: 512 rows of at least 16 each.
+# Rows that one launch takes, in blocks of at least 16.
 MAX_ROWS = 512
-_MAX_BLOCKS = MAX_ROWS // 16
+_BLOCKS = MAX_ROWS // 16
+# Rows times parts of a hidden layer.
+_ROOM = 2 * MAX_ROWS
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Products of float32: three of TF32 each, whose errors cancel to nearly float32's.
@@ -40,9 +42,6 @@ def _signal(counter):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _wait(counter, count):  # type: ignore[no-untyped-def]
-    # Plain reads until it is so, as they do not queue up with the signals; then one that acquires.
-    while tl.load(counter, volatile=True) < count:
-        pass
     while tl.atomic_add(counter, 0, sem="acquire") < count:
         pass
     tl.debug_barrier()
@@ -50,15 +49,17 @@ def _wait(counter, count):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _fetch(  # type: ignore[no-untyped-def]
-    w, n, K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
-):
-    """Read the ``n``-th ``BN`` rows of ``w`` for the L2 cache alone. Being volatile, the read is
-    made although nobody uses it."""
+    w, bias, n, first, K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    KS: tl.constexpr,
+):  # fmt: skip
+    """Read ``w[n * BN : (n + 1) * BN, first : first + KS]`` and as much of ``bias`` for the L2
+    cache alone. As they are volatile, the reads are made although nobody uses them."""
     column = n * BN + tl.arange(0, BN)
-    for start in range(0, K, BK):
+    for start in range(first, first + KS, BK):
         k = start + tl.arange(0, BK)
-        mask = (column < N)[None, :] & (k < K)[:, None]
-        tl.load(w + column[None, :].to(tl.int64) * K + k[:, None], mask=mask, volatile=True)
+        tl.load(bias + k, k < K, volatile=True)
+        mask = (column < N)[:, None] & (k < K)[None, :]
+        tl.load(w + column[:, None].to(tl.int64) * K + k[None, :], mask=mask, volatile=True)
 
 
 @triton.jit
@@ -84,66 +85,93 @@ def _exact_dot(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _product(  # type: ignore[no-untyped-def]
-    x, stride_x, row, row_ok, w, column, column_ok, K: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``x[row] @ w[column].T`` in float32, ``(BM, BN)``; K elements of both are contiguous."""
-    total = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
-        row_mask, column_mask = row_ok[:, None], column_ok[None, :]
-        if K % BK != 0:
-            row_mask, column_mask = row_mask & (k < K)[None, :], column_mask & (k < K)[:, None]
-        a = tl.load(
-            x + row[:, None] * stride_x + k[None, :], row_mask, other=0.0, cache_modifier=CACHE
-        )
-        b = tl.load(w + column[None, :].to(tl.int64) * K + k[:, None], column_mask, other=0.0)
-        total = _dot(a, b, total, WIDE, PRECISION)
-    return total
+def _relu(x):  # type: ignore[no-untyped-def]
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _biased_relu(total, b, column, column_ok):  # type: ignore[no-untyped-def]
-    total += tl.load(b + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    return tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def _bias(b, column, column_ok):  # type: ignore[no-untyped-def]
+    return tl.load(b + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _inputs(  # type: ignore[no-untyped-def]
+    x, stride_x, bias, rows, row, k, K: tl.constexpr, PARTS: tl.constexpr
+):
+    """``x[row, k]``, ``(S, BM, k)``; or, of a hidden layer that was written in PARTS, ``relu`` of
+    their sum and its bias."""
+    mask = (row < rows)[None, :, None] & (k < K)[:, None, :]
+    if PARTS == 0:
+        return tl.load(x + row[None, :, None] * stride_x + k[:, None, :], mask, other=0.0)
+    else:
+        h = tl.load(bias + k, k < K, other=0.0).to(tl.float32)[:, None, :]
+        for part in tl.static_range(PARTS):
+            place = x + (part * rows + row[None, :, None]) * K + k[:, None, :]
+            h += tl.load(place, mask, other=0.0, cache_modifier=".cg")
+        return _relu(h)
+
+
+@triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    x, stride_x, bias, rows, row, w, column, column_ok, first, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``_inputs[row, k] @ w[column, k].T`` in float32, ``(BM, BN)``, for KS k from ``first`` on.
+    Each of S warps sums a part of every BK: on tiles so small, one product that waits for another
+    takes longer than the reading does."""
+    each: tl.constexpr = BK // S
+    inner = tl.arange(0, S)[:, None] * each + tl.arange(0, each)[None, :]
+    w += column[None, None, :].to(tl.int64) * K
+    total = tl.zeros((S, BM, BN), tl.float32)
+    for start in tl.range(first, first + KS, BK, num_stages=STAGES):
+        k = start + inner
+        a = _inputs(x, stride_x, bias, rows, row, k, K, PARTS)
+        mask = column_ok[None, None, :] & (k < K)[:, :, None]
+        b = tl.load(w + k[:, :, None], mask, other=0.0)
+        total = _dot(a, b, total, WIDE, PRECISION)
+    return tl.sum(total, 0)
 
 
 @triton.jit
 def _layer(  # type: ignore[no-untyped-def]
-    x, stride_x, w, b, y, rows, m, n, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, CACHE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, stride_x, bias, w, y, rows, m, n, part, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
+    STAGES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``relu(x @ w.T + b)``."""
+    """One tile of ``_inputs @ w.T``; of its KS inputs, which are the ``part``-th."""
     row, column = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     row_ok, column_ok = row < rows, column < N
     total = _product(
-        x, stride_x, row, row_ok, w, column, column_ok, K, BM, BN, BK, CACHE, WIDE, PRECISION
-    )
-    total = _biased_relu(total, b, column, column_ok)
-    tl.store(y + row[:, None] * N + column[None, :], total, row_ok[:, None] & column_ok[None, :])
+        x, stride_x, bias, rows, row, w, column, column_ok, part * KS, K, BM, BN, BK, KS, PARTS, S,
+        STAGES, WIDE, PRECISION,
+    )  # fmt: skip
+    place = y + (part * rows + row[:, None]) * N + column[None, :]
+    tl.store(place, total, row_ok[:, None] & column_ok[None, :])
 
 
 @triton.jit
 def _last_layers(  # type: ignore[no-untyped-def]
-    h2, w3, b3, w4, b4, out, rows, m, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, WIDE: tl.constexpr,
+    h2, b2, w3, b3, w4, b4, out, rows, m, counter, count, K: tl.constexpr, N3: tl.constexpr,
+    N4: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
+    STAGES: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The third and the fourth layer of one row block."""
+    """The third and fourth layer of one row block, once ``counter`` says that ``h2`` is there."""
     row, column, last = m * BM + tl.arange(0, BM), tl.arange(0, P3), tl.arange(0, P4)
     row_ok, column_ok, last_ok = row < rows, column < N3, last < N4
-    h3 = _product(
-        h2, N2, row, row_ok, w3, column, column_ok, N2, BM, P3, BK, ".cg", WIDE, PRECISION
-    )
+    _fetch(w3, b2, 0, 0, K, N3, P3, BK, K)
     weight = tl.load(
         w4 + last[None, :] * N3 + column[:, None], last_ok[None, :] & column_ok[:, None], other=0.0
     )
-    h3 = _biased_relu(h3, b3, column, column_ok)
-    result = _dot(h3, weight, tl.zeros((BM, P4), tl.float32), WIDE, PRECISION)
-    result += tl.load(b4 + last, mask=last_ok, other=0.0).to(tl.float32)[None, :]
+    bias3, bias4 = _bias(b3, column, column_ok), _bias(b4, last, last_ok)
+    _wait(counter, count)
+    h3 = _product(
+        h2, K, b2, rows, row, w3, column, column_ok, 0, K, BM, P3, BK, K, PARTS, S, STAGES, WIDE,
+        PRECISION,
+    )  # fmt: skip
+    result = _dot(_relu(h3 + bias3), weight, tl.zeros((BM, P4), tl.float32), WIDE, PRECISION)
+    result += bias4
     tl.store(out + row[:, None] * N4 + last[None, :], result, row_ok[:, None] & last_ok[None, :])
 
 
@@ -151,36 +179,45 @@ def _last_layers(  # type: ignore[no-untyped-def]
 def _mlp(  # type: ignore[no-untyped-def]
     x, stride_x, w1, b1, w2, b2, w3, b3, w4, b4, h1, h2, out, counters, rows, skipped,
     D: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
-    BLOCKS: tl.constexpr, BM1: tl.constexpr, BN1: tl.constexpr, BK1: tl.constexpr,
-    BM2: tl.constexpr, BN2: tl.constexpr, BK2: tl.constexpr, BK3: tl.constexpr,
-    P3: tl.constexpr, P4: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM1: tl.constexpr, BN1: tl.constexpr, BK1: tl.constexpr, KS1: tl.constexpr, BM2: tl.constexpr,
+    BN2: tl.constexpr, BK2: tl.constexpr, KS2: tl.constexpr, BK3: tl.constexpr, S: tl.constexpr,
+    ST1: tl.constexpr, ST2: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """``counters``: of the tiles of the first layer that each block of BM1 rows has, of the second
     that each block of BM2 rows has, and of the row blocks that are through. ``skipped``: programs
     that an earlier launch held."""
+    PARTS1: tl.constexpr = (D + KS1 - 1) // KS1
+    PARTS2: tl.constexpr = (N1 + KS2 - 1) // KS2
+    tiles1: tl.constexpr = (N1 + BN1 - 1) // BN1 * PARTS1
+    tiles2: tl.constexpr = (N2 + BN2 - 1) // BN2 * PARTS2
     pid = tl.program_id(0) + skipped
     blocks1, blocks2 = tl.cdiv(rows, BM1), tl.cdiv(rows, BM2)
-    tiles1: tl.constexpr = (N1 + BN1 - 1) // BN1
-    tiles2: tl.constexpr = (N2 + BN2 - 1) // BN2
     second = blocks1 * tiles1
     third = second + blocks2 * tiles2
     if pid < second:
-        m, n = pid % blocks1, pid // blocks1
-        _layer(x, stride_x, w1, b1, h1, rows, m, n, D, N1, BM1, BN1, BK1, "", WIDE, PRECISION)
+        m, tile = pid % blocks1, pid // blocks1
+        _layer(
+            x, stride_x, b1, w1, h1, rows, m, tile // PARTS1, tile % PARTS1, D, N1, BM1, BN1, BK1,
+            KS1, 0, S, ST1, WIDE, PRECISION,
+        )  # fmt: skip
         _signal(counters + m)
     elif pid < third:
-        m, n = (pid - second) % blocks2, (pid - second) // blocks2
-        _fetch(w2, n, N1, N2, BN2, BK2)
+        m, tile = (pid - second) % blocks2, (pid - second) // blocks2
+        n, part = tile // PARTS2, tile % PARTS2
+        _fetch(w2, b1, n, part * KS2, N1, N2, BN2, BK2, KS2)
         _wait(counters + m * BM2 // BM1, tiles1)
-        _layer(h1, N1, w2, b2, h2, rows, m, n, N1, N2, BM2, BN2, BK2, ".cg", WIDE, PRECISION)
+        _layer(
+            h1, N1, b1, w2, h2, rows, m, n, part, N1, N2, BM2, BN2, BK2, KS2, PARTS1, S, ST2, WIDE,
+            PRECISION,
+        )  # fmt: skip
         _signal(counters + BLOCKS + m)
     else:
         m = pid - third
-        _fetch(w3, 0, N2, N3, P3, BK3)
-        _wait(counters + BLOCKS + m, tiles2)
         _last_layers(
-            h2, w3, b3, w4, b4, out, rows, m, N2, N3, N4, BM2, BK3, P3, P4, WIDE, PRECISION
-        )
+            h2, b2, w3, b3, w4, b4, out, rows, m, counters + BLOCKS + m, tiles2, N2, N3, N4, BM2,
+            BK3, PARTS2, S, ST2, P3, P4, WIDE, PRECISION,
+        )  # fmt: skip
         if tl.atomic_add(counters + 2 * BLOCKS, 1) == blocks2 - 1:
             block = tl.arange(0, BLOCKS)
             tl.store(counters + block, 0)
@@ -192,9 +229,9 @@ class Workspace:
     """Scratch memory of one head on one device; launches that share it must be on one stream."""
 
     def __init__(self, sizes: Sequence[int], device: Any) -> None:
-        self.h1 = torch.empty(MAX_ROWS, sizes[1], dtype=torch.float32, device=device)
-        self.h2 = torch.empty(MAX_ROWS, sizes[2], dtype=torch.float32, device=device)
-        self.counters = torch.zeros(2 * _MAX_BLOCKS + 1, dtype=torch.int32, device=device)
+        self.h1 = torch.empty(_ROOM, sizes[1], dtype=torch.float32, device=device)
+        self.h2 = torch.empty(_ROOM, sizes[2], dtype=torch.float32, device=device)
+        self.counters = torch.zeros(2 * _BLOCKS + 1, dtype=torch.int32, device=device)
 
 
 _workspaces: dict[int, tuple[Tensor, Workspace]] = {}
@@ -241,10 +278,15 @@ def fused_mlp(
         part = states[start : start + MAX_ROWS]
         n = part.shape[0]
         t = tiles or tiles_for(d, n, states.dtype, states.device)
+        split1 = min(t.split1, triton.cdiv(d, t.inner1) * t.inner1)
+        split2 = min(t.split2, triton.cdiv(n1, t.inner2) * t.inner2)
+        parts1, parts2 = triton.cdiv(d, split1), triton.cdiv(n1, split2)
+        if n * max(parts1, parts2) > _ROOM:
+            raise ValueError(f"{n} rows in {max(parts1, parts2)} parts: at most {_ROOM} together")
         blocks2 = triton.cdiv(n, t.rows2)
         stages = [
-            triton.cdiv(n, t.rows1) * triton.cdiv(n1, t.columns1),
-            blocks2 * triton.cdiv(n2, t.columns2),
+            triton.cdiv(n, t.rows1) * triton.cdiv(n1, t.columns1) * parts1,
+            blocks2 * triton.cdiv(n2, t.columns2) * parts2,
             blocks2,
         ]
         skipped = 0
@@ -252,12 +294,13 @@ def fused_mlp(
             _mlp[(programs,)](
                 part, part.stride(0), w1, b1, w2, b2, w3, b3, w4, b4,
                 work.h1, work.h2, out[start : start + n], work.counters, n, skipped,
-                D=d, N1=n1, N2=n2, N3=n3, N4=n4, BLOCKS=_MAX_BLOCKS,
-                BM1=t.rows1, BN1=t.columns1, BK1=t.inner1,
-                BM2=t.rows2, BN2=t.columns2, BK2=t.inner2, BK3=t.inner3,
+                D=d, N1=n1, N2=n2, N3=n3, N4=n4,
+                BM1=t.rows1, BN1=t.columns1, BK1=t.inner1, KS1=split1,
+                BM2=t.rows2, BN2=t.columns2, BK2=t.inner2, KS2=split2, BK3=t.inner3,
+                S=t.warps, ST1=t.stages1, ST2=t.stages2,
                 P3=max(16, triton.next_power_of_2(n3)), P4=max(16, triton.next_power_of_2(n4)),
                 WIDE=_INTERPRETED and states.dtype == torch.bfloat16, PRECISION=_PRECISION,
-                num_warps=t.warps, num_stages=t.stages,
+                BLOCKS=_BLOCKS, num_warps=t.warps,
             )  # fmt: skip
             skipped += programs
     return out

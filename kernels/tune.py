@@ -7,50 +7,72 @@ by several processes first: a minute for a hidden size on 16 cores, some seconds
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
-import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from typing import Any
 
 import torch
+import triton
 from tqdm import tqdm
 
 from sglang_ares_kernels.measure import cold_copies, head_layers, relative_error, seconds
 from sglang_ares_kernels.mlp import fused_mlp
 from sglang_ares_kernels.reference import reference_mlp
-from sglang_ares_kernels.tuning import TABLE, Tiles, tiles_for
+from sglang_ares_kernels.tuning import TABLE, Tiles
 
 BATCHES = (16, 32, 64, 128, 512)
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-# Shared memory of a multiprocessor that a program may use, in bytes.
+_WHOLE = 1 << 16  # a split that is none
+# Shared memory that a program may use, in bytes.
 _SHARED = 200 << 10
 
 
-def candidates(rows: int, size: int) -> list[Tiles]:
-    """Tiles worth a try for a batch; ``size``: bytes of a number."""
-    rows1 = [min(rows, 16)] if rows <= 16 else [min(rows, 32), min(rows, 64)]
-    rows1 = rows1 if rows < 128 else [64, 128]
-    columns1 = (16,) if rows <= 16 else (16, 32) if rows < 128 else (32, 64)
-    found = {
-        Tiles(m, c, k, min(m, r2), c2, k2, k3, w, s)
-        for m, c, k, (r2, c2, k2), k3, w, s in itertools.product(
-            rows1,
-            columns1,
-            (64, 128, 256, 512),
-            ((16, 16, 256), (16, 32, 128), (32, 32, 128)),
-            (64, 128),
-            (4, 8),
-            (3, 4, 6),
-        )
-        if max((m + c) * k, (min(m, r2) + c2) * k2, (min(m, r2) + 64) * k3) * size * (s - 1)
-        <= _SHARED
-    }
-    return sorted(found, key=str)
+def rounds(d: int, rows: int) -> list[dict[str, Sequence[int]]]:
+    """What is varied together, one after the other, for a batch of ``rows``."""
+    halves = [_WHOLE, *(-(-d // parts // 256) * 256 for parts in (2, 4))] if rows > 16 else [_WHOLE]
+    return [
+        {
+            "warps": (4, 8) if rows > 16 else (4,),
+            "columns1": (16,) if rows <= 16 else (16, 32, 64),
+            "inner1": (128, 256, 512) if rows <= 16 else (128, 256),
+            "split1": halves,
+            "stages1": (3, 4, 6) if rows <= 16 else (3, 4),
+        },
+        {
+            "columns2": (16, 32),
+            "inner2": (128, 256),
+            "split2": (512, 1024, 2048),
+            "stages2": (2, 3),
+        },
+        {"inner3": (128, 256, 512), "stages2": (2, 3)},
+    ]
+
+
+def start(rows: int) -> Tiles:
+    """Where the search begins."""
+    block = min(64, -(-rows // 16) * 16)
+    return Tiles(block, 16, 128, _WHOLE, 16, 16, 128, 1024, 256, 4, 4, 2)
+
+
+def variants(tiles: Tiles, choices: dict[str, Sequence[int]], size: int) -> list[Tiles]:
+    """``tiles`` and all combinations of the choices; ``size``: bytes of a number."""
+    some = (
+        replace(tiles, **dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    )
+    fit = (
+        t
+        for t in some
+        if t.inner1 >= 16 * t.warps
+        and (t.rows1 + t.columns1) * t.inner1 * size * (t.stages1 - 1) <= _SHARED
+    )
+    return [*dict.fromkeys([tiles, *fit])]
 
 
 def _compile(d: int, rows: int, dtype: torch.dtype, tiles: Tiles) -> bool:
@@ -61,49 +83,29 @@ def _compile(d: int, rows: int, dtype: torch.dtype, tiles: Tiles) -> bool:
     out = torch.full((rows, wanted.shape[1]), float("nan"), device="cuda")
     try:
         fused_mlp(states, layers, tiles, out)
-    except Exception as error:  # what does not fit into a multiprocessor fails to compile
-        if "OutOfResources" not in type(error).__name__:
-            raise
+    except (triton.runtime.errors.OutOfResources, ValueError):  # too much memory, too many parts
         return False
     if not (error_found := relative_error(out, wanted)) < BOUND[dtype]:
         raise AssertionError(f"{tiles}: relative error {error_found}")
     return True
 
 
-def tune(
-    d: int,
-    batches: Sequence[int],
-    dtype: torch.dtype,
-    pool: ProcessPoolExecutor,
-    tries: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """The fastest of ``tries`` tiles for each batch, the present ones among them."""
-    choose, tried = random.Random(seed), []
-    for rows in batches:
-        known = candidates(rows, dtype.itemsize)
-        some = choose.sample(known, min(tries, len(known)))
-        present = tiles_for(d, rows, dtype, torch.device("cuda"))
-        tried += [(rows, tiles) for tiles in {present: None, **dict.fromkeys(some)}]
-    ready = pool.map(
-        _compile, *zip(*((d, rows, dtype, tiles) for rows, tiles in tried), strict=True)
-    )
-    fits = list(tqdm(ready, f"d {d}, {dtype}: compile", len(tried), leave=False))
-    copies = cold_copies(head_layers(d, dtype, "cuda"))
-    best: dict[int, tuple[float, Tiles]] = {}
-    for (rows, tiles), ok in tqdm([*zip(tried, fits, strict=True)], "time", leave=False):
-        if not ok:
-            continue
-        states = torch.randn(rows, d, device="cuda", dtype=dtype)
-        out = torch.empty(rows, 4, device="cuda")
-        work = lambda layers, *a: fused_mlp(states, layers, tiles, out)  # noqa: B023, E731
-        took = seconds(work, copies, repeats=5)
-        if rows not in best or took < best[rows][0]:
-            best[rows] = took, tiles
-    return [
-        {"d": d, "max_rows": rows, "tiles": asdict(tiles), "us": round(1e6 * took, 2)}
-        for rows, (took, tiles) in sorted(best.items())
-    ]
+def fastest(
+    d: int, rows: int, dtype: torch.dtype, pool: ProcessPoolExecutor, copies: list[Any]
+) -> tuple[Tiles, float]:
+    """The fastest tiles that were found, and their seconds within a CUDA graph."""
+    states = torch.randn(rows, d, device="cuda", dtype=dtype)
+    out = torch.empty(rows, 4, device="cuda")
+    best = start(rows), float("inf")
+    for choices in tqdm(rounds(d, rows), f"{dtype}, d {d}, batch {rows}", leave=False):
+        tried = variants(best[0], choices, dtype.itemsize)
+        fits = pool.map(_compile, *zip(*((d, rows, dtype, t) for t in tried), strict=True))
+        for tiles in [t for t, ok in zip(tried, fits, strict=True) if ok]:
+            work = functools.partial(fused_mlp, states, tiles=tiles, out=out)
+            took = seconds(work, copies, repeats=5)
+            if took < best[1]:
+                best = tiles, took
+    return best
 
 
 def main() -> None:
@@ -112,8 +114,6 @@ def main() -> None:
     parser.add_argument("--d", type=int, nargs="+", default=[2048, 3584, 4096, 5120, 8192])
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--tries", type=int, default=1000, help="candidates tried for each batch")
-    parser.add_argument("--seed", type=int, default=0, help="seed of that choice")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -122,7 +122,13 @@ def main() -> None:
     mine = table.setdefault(torch.cuda.get_device_name(), {})
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         for name, d in itertools.product(args.dtype, args.d):
-            entries = tune(d, args.batch, getattr(torch, name), pool, args.tries, args.seed)
+            dtype, entries = getattr(torch, name), []
+            copies = cold_copies(head_layers(d, dtype, "cuda"))
+            for rows in args.batch:
+                tiles, took = fastest(d, rows, dtype, pool, copies)
+                us = round(1e6 * took, 2)
+                print(name, d, rows, us, tiles)
+                entries.append({"d": d, "max_rows": rows, "tiles": asdict(tiles), "us": us})
             new = {(e["d"], e["max_rows"]) for e in entries}
             kept = [e for e in mine.get(name, []) if (e["d"], e["max_rows"]) not in new]
             mine[name] = sorted(kept + entries, key=lambda e: (e["d"], e["max_rows"]))

@@ -19,19 +19,27 @@ UNTUNED: Final = "untuned"
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a block (at least 16), output columns of a tile and inputs read at a time, for the
-    first layer and for the second; inputs read at a time for the third, whose blocks have ``rows2``
-    rows; warps; pipeline stages. ``rows1`` is a multiple of ``rows2``."""
+    """For the first and the second layer: rows of a block (at least 16), output columns of a tile,
+    inputs read at a time, and inputs of a part (another program takes the next). For the third
+    layer, whose blocks have ``rows2`` rows, ``inner3`` inputs are read at a time. Then warps, and
+    pipeline stages of the first layer and of the later ones.
+
+    ``rows1`` is a multiple of ``rows2``, a part of the inputs read at a time, and these of 16 for
+    each warp.
+    """
 
     rows1: int
     columns1: int
     inner1: int
+    split1: int
     rows2: int
     columns2: int
     inner2: int
+    split2: int
     inner3: int
     warps: int
-    stages: int
+    stages1: int
+    stages2: int
 
 
 @cache
