@@ -85,19 +85,45 @@ def measure(d: int, batch: int, dtype: torch.dtype, bytes_per_s: float) -> dict[
     return row
 
 
+def embedded_model() -> Any:
+    """The embedded model, bfloat16."""
+    from transformers import LlamaForCausalLM
+
+    from sglang_ares.demo_model import MODEL_DIR
+
+    return LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16).cuda().eval()
+
+
+def seven_billion() -> Any:
+    """A Llama of the sizes of Qwen2.5-7B (its model card), with random weights: for its times."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=152064,
+        tie_word_embeddings=False,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class DecodeStep:
-    """One decode step of the embedded model in plain torch, at a context of ``CONTEXT`` tokens."""
+    """One decode step of a Llama in plain torch, at a context of ``CONTEXT`` tokens."""
 
     CONTEXT = 512
 
-    def __init__(self, batch: int) -> None:
-        from transformers import LlamaForCausalLM
-
-        from sglang_ares.demo_model import MODEL_DIR
-
-        loaded = LlamaForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.bfloat16)
-        self.model = loaded.cuda().eval()
-        self.config = config = self.model.config
+    def __init__(self, model: Any, batch: int) -> None:
+        self.model = model
+        self.config = config = model.config
         self.ids = torch.ones(batch, dtype=torch.long, device="cuda")
         shape = (batch, config.num_key_value_heads, self.CONTEXT, config.head_dim)
         layers = range(config.num_hidden_layers)
@@ -140,8 +166,8 @@ class DecodeStep:
 
     @torch.inference_mode()
     def __call__(self, head: str) -> None:
-        """``head``: ``"without"``, ``"before"`` the output layer, or ``"beside"`` it, on a stream of
-        its own."""
+        """``head``: ``"without"``, ``"before"`` the output layer, or ``"beside"`` it, on its own
+        stream."""
         hidden = self._hidden()
         main = torch.cuda.current_stream()
         if head == "before":
@@ -155,14 +181,14 @@ class DecodeStep:
             main.wait_stream(self.side)
 
 
-def decode_step_overhead(batch: int) -> dict[str, Any]:
-    """What the head adds to a captured decode step of the embedded model."""
-    step = DecodeStep(batch)
+def decode_step_overhead(model: Any, batch: int) -> dict[str, Any]:
+    """What the head adds to a captured decode step."""
+    step = DecodeStep(model, batch)
     # In turns, so that a change of the clock meets all three.
     found: dict[str, list[float]] = {"without": [], "before": [], "beside": []}
     for _ in range(5):
         for name, times in found.items():
-            times.append(seconds(step, [name], repeats=9))
+            times.append(seconds(step, [name], repeats=5, calls_at_least=4))
     times = {name: statistics.median(values) for name, values in found.items()}
     return {
         "batch": batch,
@@ -207,7 +233,7 @@ def check_interpreted(console: Console) -> None:
 def main() -> int:
     """Command line entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=None, help="folder for the figures (JSON)")
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder of the figures")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--d", type=int, nargs="+", default=HIDDEN, help="hidden sizes")
     parser.add_argument("--batch", type=int, nargs="+", default=BATCHES, help="rows")
@@ -228,17 +254,22 @@ def main() -> int:
         "bandwidth_gb_s": speed / 1e9,
     }
     console.print(f"{report['device']}: {speed / 1e9:,.0f} GB/s in a large read or copy")
+    path = args.out / "predictor_kernel.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def note(name: str, rows: list[dict[str, Any]]) -> None:
+        report[name] = rows
+        show(console, name, rows)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
     for name in args.dtype:
         cases = [(d, b) for d in args.d for b in args.batch]
         rows = [measure(d, b, getattr(torch, name), speed) for d, b in track(cases, name)]
-        show(console, name, rows)
-        report[name] = rows
-    report["decode_step"] = [decode_step_overhead(b) for b in (1, 16, 64, 256)]
-    show(console, "a captured decode step of the embedded model", report["decode_step"])
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "predictor_kernel.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        note(name, rows)
+    for name, make in (("embedded model", embedded_model), ("7B sizes", seven_billion)):
+        model = make()
+        steps = [decode_step_overhead(model, b) for b in (1, 16, 64, 256)]
+        note(f"a captured decode step, {name}", steps)
     return 0
 
 

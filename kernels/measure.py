@@ -54,11 +54,16 @@ def graph_of(work: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def seconds(
-    work: Callable[..., Any], variants: Sequence[Any], *, graph: bool = True, repeats: int = 15
+    work: Callable[..., Any],
+    variants: Sequence[Any],
+    *,
+    graph: bool = True,
+    repeats: int = 15,
+    calls_at_least: int = _CALLS,
 ) -> float:
     """Seconds a call of ``work(variant)``, the variants in turn, one after another on the GPU: from
     a CUDA graph that holds all calls, or launched one by one. Median of ``repeats``."""
-    rounds = -(-_CALLS // len(variants))
+    rounds = -(-calls_at_least // len(variants))
 
     def calls() -> None:
         for _ in range(rounds):

@@ -134,6 +134,24 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _product_of_states(  # type: ignore[no-untyped-def]
+    x, stride_x, rows, row, w, column, column_ok, first, K: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``_product`` of states whose block is large enough that the warps share its rows."""
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(first, first + KS, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        mask = (row < rows)[:, None] & (k < K)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + k[None, :], mask, other=0.0)
+        mask = column_ok[None, :] & (k < K)[:, None]
+        b = tl.load(w + column[None, :].to(tl.int64) * K + k[:, None], mask, other=0.0)
+        total = _dot(a, b, total, WIDE, PRECISION)
+    return total
+
+
+@triton.jit
 def _layer(  # type: ignore[no-untyped-def]
     x, stride_x, bias, w, y, rows, m, n, part, K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, KS: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr,
@@ -142,10 +160,16 @@ def _layer(  # type: ignore[no-untyped-def]
     """One tile of ``_inputs @ w.T``; of its KS inputs, which are the ``part``-th."""
     row, column = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
     row_ok, column_ok = row < rows, column < N
-    total = _product(
-        x, stride_x, bias, rows, row, w, column, column_ok, part * KS, K, BM, BN, BK, KS, PARTS, S,
-        STAGES, WIDE, PRECISION,
-    )  # fmt: skip
+    if S == 1:
+        total = _product_of_states(
+            x, stride_x, rows, row, w, column, column_ok, part * KS, K, BM, BN, BK, KS, STAGES,
+            WIDE, PRECISION,
+        )  # fmt: skip
+    else:
+        total = _product(
+            x, stride_x, bias, rows, row, w, column, column_ok, part * KS, K, BM, BN, BK, KS,
+            PARTS, S, STAGES, WIDE, PRECISION,
+        )  # fmt: skip
     place = y + (part * rows + row[:, None]) * N + column[None, :]
     tl.store(place, total, row_ok[:, None] & column_ok[None, :])
 
@@ -179,10 +203,10 @@ def _last_layers(  # type: ignore[no-untyped-def]
 def _mlp(  # type: ignore[no-untyped-def]
     x, stride_x, w1, b1, w2, b2, w3, b3, w4, b4, h1, h2, out, counters, rows, skipped,
     D: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr,
-    BM1: tl.constexpr, BN1: tl.constexpr, BK1: tl.constexpr, KS1: tl.constexpr, BM2: tl.constexpr,
-    BN2: tl.constexpr, BK2: tl.constexpr, KS2: tl.constexpr, BK3: tl.constexpr, S: tl.constexpr,
-    ST1: tl.constexpr, ST2: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
+    BM1: tl.constexpr, BN1: tl.constexpr, BK1: tl.constexpr, KS1: tl.constexpr, S1: tl.constexpr,
+    BM2: tl.constexpr, BN2: tl.constexpr, BK2: tl.constexpr, KS2: tl.constexpr, BK3: tl.constexpr,
+    S: tl.constexpr, ST1: tl.constexpr, ST2: tl.constexpr, P3: tl.constexpr, P4: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """``counters``: of the tiles of the first layer that each block of BM1 rows has, of the second
     that each block of BM2 rows has, and of the row blocks that are through. ``skipped``: programs
@@ -199,7 +223,7 @@ def _mlp(  # type: ignore[no-untyped-def]
         m, tile = pid % blocks1, pid // blocks1
         _layer(
             x, stride_x, b1, w1, h1, rows, m, tile // PARTS1, tile % PARTS1, D, N1, BM1, BN1, BK1,
-            KS1, 0, S, ST1, WIDE, PRECISION,
+            KS1, 0, S1, ST1, WIDE, PRECISION,
         )  # fmt: skip
         _signal(counters + m)
     elif pid < third:
@@ -297,7 +321,7 @@ def fused_mlp(
                 D=d, N1=n1, N2=n2, N3=n3, N4=n4,
                 BM1=t.rows1, BN1=t.columns1, BK1=t.inner1, KS1=split1,
                 BM2=t.rows2, BN2=t.columns2, BK2=t.inner2, KS2=split2, BK3=t.inner3,
-                S=t.warps, ST1=t.stages1, ST2=t.stages2,
+                S1=t.warps if t.slices1 else 1, S=t.warps, ST1=t.stages1, ST2=t.stages2,
                 P3=max(16, triton.next_power_of_2(n3)), P4=max(16, triton.next_power_of_2(n4)),
                 WIDE=_INTERPRETED and states.dtype == torch.bfloat16, PRECISION=_PRECISION,
                 BLOCKS=_BLOCKS, num_warps=t.warps,

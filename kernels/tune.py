@@ -26,38 +26,39 @@ from sglang_ares_kernels.mlp import fused_mlp
 from sglang_ares_kernels.reference import reference_mlp
 from sglang_ares_kernels.tuning import TABLE, Tiles
 
-BATCHES = (16, 32, 64, 128, 512)
+BATCHES = (16, 32, 64, 256)
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 _WHOLE = 1 << 16  # a split that is none
 # Shared memory that a program may use, in bytes.
 _SHARED = 200 << 10
 
 
-def rounds(d: int, rows: int) -> list[dict[str, Sequence[int]]]:
+def rounds(d: int, rows: int) -> list[dict[str, Sequence[Any]]]:
     """What is varied together, one after the other, for a batch of ``rows``."""
-    halves = [_WHOLE, *(-(-d // parts // 256) * 256 for parts in (2, 4))] if rows > 16 else [_WHOLE]
-    return [
-        {
-            "warps": (4, 8) if rows > 16 else (4,),
-            "columns1": (16,) if rows <= 16 else (16, 32, 64),
-            "inner1": (128, 256, 512) if rows <= 16 else (128, 256),
-            "split1": halves,
-            "stages1": (3, 4, 6) if rows <= 16 else (3, 4),
-        },
-        {
-            "columns2": (16, 32),
-            "inner2": (128, 256),
-            "split2": (512, 1024, 2048),
-            "stages2": (2, 3),
-        },
-        {"inner3": (128, 256, 512), "stages2": (2, 3)},
-    ]
+    if rows <= 16:
+        first: dict[str, Sequence[Any]] = {"inner1": (128, 256, 512), "stages1": (3, 4, 6)}
+        second: dict[str, Sequence[Any]] = {"columns2": (16, 32), "split2": (512, 1024)}
+    else:
+        parts = (2, 4) if rows <= 128 else (1, 2)
+        first = {
+            "slices1": (False, True) if rows <= 32 else (False,),
+            "columns1": (16, 32, 64) if rows <= 32 else (32, 64, 128),
+            "split1": [-(-d // n // 128) * 128 for n in parts],
+            "stages1": (3, 6),
+        }
+        second = {"columns2": (32, 64), "split2": (512, 1024) if rows <= 128 else (1024, 2048)}
+    third = {"inner3": (128, 256), "stages2": (2, 3)}
+    return [first, second, third, {"inner1": (64, 128, 256), "warps": (4, 8)}]
 
 
-def start(rows: int) -> Tiles:
+def start(d: int, rows: int) -> Tiles:
     """Where the search begins."""
-    block = min(64, -(-rows // 16) * 16)
-    return Tiles(block, 16, 128, _WHOLE, 16, 16, 128, 1024, 256, 4, 4, 2)
+    if rows <= 16:
+        return Tiles(16, 16, 256, _WHOLE, True, 16, 16, 128, 1024, 256, 4, 6, 3)
+    block, split = min(64, -(-rows // 16) * 16), -(-d // 4 // 128) * 128
+    if rows > 128:
+        return Tiles(block, 64, 64, _WHOLE, False, 16, 32, 128, 2048, 128, 4, 4, 2)
+    return Tiles(block, 64, 128, split, False, 16, 32, 128, 1024, 256, 4, 4, 3)
 
 
 def variants(tiles: Tiles, choices: dict[str, Sequence[int]], size: int) -> list[Tiles]:
@@ -70,6 +71,7 @@ def variants(tiles: Tiles, choices: dict[str, Sequence[int]], size: int) -> list
         t
         for t in some
         if t.inner1 >= 16 * t.warps
+        and t.split1 % t.inner1 == t.split2 % t.inner2 == 0
         and (t.rows1 + t.columns1) * t.inner1 * size * (t.stages1 - 1) <= _SHARED
     )
     return [*dict.fromkeys([tiles, *fit])]
@@ -90,22 +92,42 @@ def _compile(d: int, rows: int, dtype: torch.dtype, tiles: Tiles) -> bool:
     return True
 
 
-def fastest(
-    d: int, rows: int, dtype: torch.dtype, pool: ProcessPoolExecutor, copies: list[Any]
-) -> tuple[Tiles, float]:
-    """The fastest tiles that were found, and their seconds within a CUDA graph."""
-    states = torch.randn(rows, d, device="cuda", dtype=dtype)
-    out = torch.empty(rows, 4, device="cuda")
-    best = start(rows), float("inf")
-    for choices in tqdm(rounds(d, rows), f"{dtype}, d {d}, batch {rows}", leave=False):
-        tried = variants(best[0], choices, dtype.itemsize)
-        fits = pool.map(_compile, *zip(*((d, rows, dtype, t) for t in tried), strict=True))
-        for tiles in [t for t, ok in zip(tried, fits, strict=True) if ok]:
+class Case:
+    """A hidden size, dtype and batch, and the fastest tiles for it so far."""
+
+    def __init__(self, d: int, rows: int, dtype: torch.dtype) -> None:
+        self.d, self.rows, self.dtype = d, rows, dtype
+        self.best = start(d, rows)
+        self.seconds = float("inf")
+        self.rounds = rounds(d, rows)
+
+    def tried_in(self, number: int) -> list[Tiles]:
+        """The tiles of a round."""
+        return variants(self.best, self.rounds[number], self.dtype.itemsize)
+
+    def time(self, tried: list[Tiles], copies: list[Any]) -> None:
+        """Keep the fastest, within a CUDA graph."""
+        states = torch.randn(self.rows, self.d, device="cuda", dtype=self.dtype)
+        out = torch.empty(self.rows, 4, device="cuda")
+        for tiles in tried:
             work = functools.partial(fused_mlp, states, tiles=tiles, out=out)
             took = seconds(work, copies, repeats=5)
-            if took < best[1]:
-                best = tiles, took
-    return best
+            if took < self.seconds:
+                self.best, self.seconds = tiles, took
+
+
+def search(cases: list[Case], pool: ProcessPoolExecutor) -> None:
+    """Find the fastest tiles of every case: in each round all of their variants are compiled."""
+    for number in range(max(len(case.rounds) for case in cases)):
+        tried = [(case, tiles) for case in cases for tiles in case.tried_in(number)]
+        jobs = ((c.d, c.rows, c.dtype, tiles) for c, tiles in tried)
+        ready = pool.map(_compile, *zip(*jobs, strict=True))
+        fits = list(tqdm(ready, f"round {number + 1}: compile", len(tried), mininterval=5))
+        for d, dtype in dict.fromkeys((case.d, case.dtype) for case in cases):
+            copies = cold_copies(head_layers(d, dtype, "cuda"))
+            for case in (c for c in cases if (c.d, c.dtype) == (d, dtype)):
+                own = [t for (c, t), ok in zip(tried, fits, strict=True) if ok and c is case]
+                case.time(own, copies)
 
 
 def main() -> None:
@@ -120,19 +142,24 @@ def main() -> None:
         parser.error("there is no CUDA device to measure on")
     table: dict[str, Any] = json.loads(TABLE.read_text())
     mine = table.setdefault(torch.cuda.get_device_name(), {})
+    cases = [
+        Case(d, rows, getattr(torch, name))
+        for name, d, rows in itertools.product(args.dtype, args.d, args.batch)
+    ]
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
-        for name, d in itertools.product(args.dtype, args.d):
-            dtype, entries = getattr(torch, name), []
-            copies = cold_copies(head_layers(d, dtype, "cuda"))
-            for rows in args.batch:
-                tiles, took = fastest(d, rows, dtype, pool, copies)
-                us = round(1e6 * took, 2)
-                print(name, d, rows, us, tiles)
-                entries.append({"d": d, "max_rows": rows, "tiles": asdict(tiles), "us": us})
-            new = {(e["d"], e["max_rows"]) for e in entries}
-            kept = [e for e in mine.get(name, []) if (e["d"], e["max_rows"]) not in new]
-            mine[name] = sorted(kept + entries, key=lambda e: (e["d"], e["max_rows"]))
-            TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        search(cases, pool)
+    for case in cases:
+        entry = {
+            "d": case.d,
+            "max_rows": case.rows,
+            "tiles": asdict(case.best),
+            "us": round(1e6 * case.seconds, 2),
+        }
+        name = str(case.dtype).removeprefix("torch.")
+        others = [e for e in mine.get(name, []) if (e["d"], e["max_rows"]) != (case.d, case.rows)]
+        mine[name] = sorted([*others, entry], key=lambda e: (e["d"], e["max_rows"]))
+        print(name, *entry.values())
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ UNTUNED: Final = "untuned"
 @dataclass(frozen=True)
 class Tiles:
     """For the first and the second layer: rows of a block (at least 16), output columns of a tile,
-    inputs read at a time, and inputs of a part (another program takes the next). For the third
-    layer, whose blocks have ``rows2`` rows, ``inner3`` inputs are read at a time. Then warps, and
-    pipeline stages of the first layer and of the later ones.
+    inputs read at a time, and inputs of a part (another program takes the next). ``slices1``: in
+    the first layer each warp takes a slice of the inputs, as in the others, not of the rows. For
+    the third layer, whose blocks have ``rows2`` rows, ``inner3`` inputs are read at a time. Then
+    warps, and pipeline stages of the first layer and of the later ones.
 
     ``rows1`` is a multiple of ``rows2``, a part of the inputs read at a time, and these of 16 for
     each warp.
@@ -32,6 +33,7 @@ class Tiles:
     columns1: int
     inner1: int
     split1: int
+    slices1: bool
     rows2: int
     columns2: int
     inner2: int

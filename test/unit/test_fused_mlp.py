@@ -76,7 +76,7 @@ def test_the_papers_sizes_and_one_output() -> None:
     layers = random_head(sizes, torch.bfloat16, seed=1)
     states = torch.randn(2, 3584).to(DEVICE, torch.bfloat16)
     # Under the interpreter few large tiles are fast, on a GPU the tuned ones.
-    tiles = Tiles(16, 512, 512, 1024, 16, 256, 512, 1024, 256, 4, 1, 1) if DEVICE == "cpu" else None
+    tiles = Tiles(16, 512, 512, 1024, True, 16, 256, 512, 1024, 256, 4, 1, 1) if DEVICE == "cpu" else None
     found = fused_mlp(states, layers, tiles)
     assert relative_error(found, reference_mlp(states, layers)) < 1e-2
 

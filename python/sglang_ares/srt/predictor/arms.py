@@ -48,13 +48,16 @@ def train_arms(
     info = load_info(folder)
     train, validation, test = (load_split(folder, split) for split in SPLITS)
     limit = info.max_new_tokens
-    data: dict[str, Any] = {
+    labels: dict[str, Any] = {
         "prompts": info.prompts,
         "seed": info.seed,
         "temperature": info.temperature,
         "max_new_tokens": limit,
         "requests": {s: len(x.requests) for s, x in zip(SPLITS, (train, validation, test))},
         "labels": {s: len(x) for s, x in zip(SPLITS, (train, validation, test))},
+    }
+    data: dict[str, Any] = {
+        **labels,
         "training": msgspec.to_builtins(plan),
         "torch": str(torch.__version__),
     }
@@ -77,7 +80,7 @@ def train_arms(
         wanted = PromptModelPlan(least, plan.seed, device=plan.device)
         part = out / "parts" / "prompt_only.npz"
         prompt_only, parameters["prompt_only"] = _prompt_only(
-            part, wanted, str(data), train, validation, test, report
+            part, wanted, f"{labels} {replace(wanted, device='')}", train, validation, test, report
         )
         parameters["l1"] = l1.parameters
         arms = {
