@@ -1,13 +1,16 @@
 """The length head in one launch: four linear layers with ReLU in between, for a small batch.
 
-The batch is small and the weights are not: the work is to read every weight once. So all
-multiprocessors share the first layer (87 % of the weights at d = 3584), then the second, and one
-program per block of rows does the rest. A launch holds the programs of all three stages. Those of
-a later stage fetch their weights into the L2 cache and then wait, on a counter in memory, for what
-they read. They come after the ones they wait for in the grid's order, in which a GPU starts
-programs, so what is waited for always runs already; and under ``TRITON_INTERPRET=1``, which runs
-one program after the other, it has ended. The last program sets the counters back to zero, so that
-a captured graph can replay the launch.
+The batch is small and the weights are not: the work is to read every weight once, and what comes on
+top is waiting. So all multiprocessors share the first layer (87 % of the weights at d = 3584), then
+the second, and one program per block of rows does the rest. A launch holds the programs of all
+three stages. Those of a later stage fetch their weights into the L2 cache and then wait, on a
+counter in memory, for what they read. They come after the ones they wait for in the grid's order,
+in which a GPU starts programs, so what is waited for always runs already; and under
+``TRITON_INTERPRET=1``, which runs one program after the other, it has ended. The last program sets
+the counters back to zero, so that a captured graph can replay the launch.
+
+A hidden layer is written without bias and ReLU, which its readers add: so a layer's inputs may be
+divided into parts, each done by another program, and its readers sum the parts.
 """
 
 from __future__ import annotations
@@ -271,6 +274,41 @@ def _workspace(layers: Sequence[tuple[Tensor, Tensor]]) -> Workspace:
     return kept[1]
 
 
+def _share(inputs: int, parts: int, at_once: int) -> int:
+    """Inputs of one of ``parts`` parts; a multiple of what is read at a time."""
+    return int(triton.cdiv(triton.cdiv(inputs, parts), at_once)) * at_once
+
+
+def constants(sizes: Sequence[int], tiles: Tiles, dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernel is compiled for: the layers' ``sizes`` and the tiles."""
+    d, n1, n2, n3, n4 = sizes
+    return {
+        "D": d, "N1": n1, "N2": n2, "N3": n3, "N4": n4,
+        "BM1": tiles.rows1, "BN1": tiles.columns1, "BK1": tiles.inner1,
+        "KS1": _share(d, tiles.parts1, tiles.inner1), "S1": tiles.warps if tiles.slices1 else 1,
+        "BM2": tiles.rows2, "BN2": tiles.columns2, "BK2": tiles.inner2,
+        "KS2": _share(n1, tiles.parts2, tiles.inner2), "BK3": tiles.inner3, "S": tiles.warps,
+        "ST1": tiles.stages1, "ST2": tiles.stages2,
+        "P3": max(16, triton.next_power_of_2(n3)), "P4": max(16, triton.next_power_of_2(n4)),
+        "WIDE": _INTERPRETED and dtype == torch.bfloat16, "PRECISION": _PRECISION,
+        "BLOCKS": _BLOCKS,
+    }  # fmt: skip
+
+
+def _programs(rows: int, sizes: Sequence[int], compiled: dict[str, Any]) -> list[int]:
+    """Programs of each stage, for a batch of ``rows``."""
+    d, n1, n2, *_ = sizes
+    parts1, parts2 = triton.cdiv(d, compiled["KS1"]), triton.cdiv(n1, compiled["KS2"])
+    if rows * max(parts1, parts2) > _ROOM:
+        raise ValueError(f"{rows} rows in {max(parts1, parts2)} parts: at most {_ROOM} together")
+    blocks2 = triton.cdiv(rows, compiled["BM2"])
+    return [
+        triton.cdiv(rows, compiled["BM1"]) * triton.cdiv(n1, compiled["BN1"]) * parts1,
+        blocks2 * triton.cdiv(n2, compiled["BN2"]) * parts2,
+        blocks2,
+    ]
+
+
 def fused_mlp(
     states: Tensor,
     layers: Sequence[tuple[Tensor, Tensor]],
@@ -297,34 +335,19 @@ def fused_mlp(
     if states.stride(1) != 1:
         states = states.contiguous()
     work = _workspace(layers)
-    n1, n2, n3, n4 = w1.shape[0], w2.shape[0], w3.shape[0], w4.shape[0]
+    sizes = [d, *(w.shape[0] for w, _ in layers)]
     for start in range(0, rows, MAX_ROWS):
         part = states[start : start + MAX_ROWS]
         n = part.shape[0]
         t = tiles or tiles_for(d, n, states.dtype, states.device)
-        split1 = min(t.split1, triton.cdiv(d, t.inner1) * t.inner1)
-        split2 = min(t.split2, triton.cdiv(n1, t.inner2) * t.inner2)
-        parts1, parts2 = triton.cdiv(d, split1), triton.cdiv(n1, split2)
-        if n * max(parts1, parts2) > _ROOM:
-            raise ValueError(f"{n} rows in {max(parts1, parts2)} parts: at most {_ROOM} together")
-        blocks2 = triton.cdiv(n, t.rows2)
-        stages = [
-            triton.cdiv(n, t.rows1) * triton.cdiv(n1, t.columns1) * parts1,
-            blocks2 * triton.cdiv(n2, t.columns2) * parts2,
-            blocks2,
-        ]
+        compiled = constants(sizes, t, states.dtype)
+        stages = _programs(n, sizes, compiled)
         skipped = 0
         for programs in [sum(stages)] if launches == 1 else stages:
             _mlp[(programs,)](
                 part, part.stride(0), w1, b1, w2, b2, w3, b3, w4, b4,
                 work.h1, work.h2, out[start : start + n], work.counters, n, skipped,
-                D=d, N1=n1, N2=n2, N3=n3, N4=n4,
-                BM1=t.rows1, BN1=t.columns1, BK1=t.inner1, KS1=split1,
-                BM2=t.rows2, BN2=t.columns2, BK2=t.inner2, KS2=split2, BK3=t.inner3,
-                S1=t.warps if t.slices1 else 1, S=t.warps, ST1=t.stages1, ST2=t.stages2,
-                P3=max(16, triton.next_power_of_2(n3)), P4=max(16, triton.next_power_of_2(n4)),
-                WIDE=_INTERPRETED and states.dtype == torch.bfloat16, PRECISION=_PRECISION,
-                BLOCKS=_BLOCKS, num_warps=t.warps,
+                **compiled, num_warps=t.warps,
             )  # fmt: skip
             skipped += programs
     return out

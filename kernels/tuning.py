@@ -14,30 +14,30 @@ from typing import Any, Final
 import torch
 
 TABLE: Final = Path(__file__).with_name("tuning.json")
-UNTUNED: Final = "untuned"
+# Whose tiles other devices use until they have been tuned.
+DEFAULT_DEVICE: Final = "NVIDIA H100 80GB HBM3"
 
 
 @dataclass(frozen=True)
 class Tiles:
     """For the first and the second layer: rows of a block (at least 16), output columns of a tile,
-    inputs read at a time, and inputs of a part (another program takes the next). ``slices1``: in
-    the first layer each warp takes a slice of the inputs, as in the others, not of the rows. For
-    the third layer, whose blocks have ``rows2`` rows, ``inner3`` inputs are read at a time. Then
-    warps, and pipeline stages of the first layer and of the later ones.
+    inputs read at a time, and parts of the inputs, one program each. ``slices1``: in the first
+    layer each warp takes a slice of the inputs, as in the others, not of the rows. For the third
+    layer, whose blocks have ``rows2`` rows, ``inner3`` inputs are read at a time. Then warps, and
+    pipeline stages of the first layer and of the later ones.
 
-    ``rows1`` is a multiple of ``rows2``, a part of the inputs read at a time, and these of 16 for
-    each warp.
+    ``rows1`` is a multiple of ``rows2``; inputs read at a time are at least 16 for each warp.
     """
 
     rows1: int
     columns1: int
     inner1: int
-    split1: int
+    parts1: int
     slices1: bool
     rows2: int
     columns2: int
     inner2: int
-    split2: int
+    parts2: int
     inner3: int
     warps: int
     stages1: int
@@ -53,7 +53,14 @@ def _table() -> dict[str, Any]:
 @cache
 def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
     table = _table()
-    entries = table.get(device, {}).get(dtype) or table[UNTUNED][dtype]
+    # Numbers of the same size have the same tiles.
+    same_size = ("float32",) if dtype == "float32" else (dtype, "bfloat16")
+    entries = next(
+        table[name][kind]
+        for name in (device, DEFAULT_DEVICE)
+        for kind in same_size
+        if kind in table.get(name, {})
+    )
     # The nearest hidden size measured, then the smallest batch that is not below this one, if any.
     nearest = min({e["d"] for e in entries}, key=lambda size: abs(size - d))
     fitting = [e for e in entries if e["d"] == nearest]
@@ -63,5 +70,5 @@ def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
 
 def tiles_for(d: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """The tiles for ``rows`` rows (1 to 512) of hidden size ``d``."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else UNTUNED
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT_DEVICE
     return _find(name, str(dtype).removeprefix("torch."), d, rows)

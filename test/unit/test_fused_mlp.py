@@ -76,7 +76,7 @@ def test_the_papers_sizes_and_one_output() -> None:
     layers = random_head(sizes, torch.bfloat16, seed=1)
     states = torch.randn(2, 3584).to(DEVICE, torch.bfloat16)
     # Under the interpreter few large tiles are fast, on a GPU the tuned ones.
-    tiles = Tiles(16, 512, 512, 1024, True, 16, 256, 512, 1024, 256, 4, 1, 1) if DEVICE == "cpu" else None
+    tiles = Tiles(16, 512, 512, 2, True, 16, 256, 512, 2, 256, 4, 1, 1) if DEVICE == "cpu" else None
     found = fused_mlp(states, layers, tiles)
     assert relative_error(found, reference_mlp(states, layers)) < 1e-2
 
@@ -123,6 +123,36 @@ def test_a_hidden_size_that_does_not_fit_is_refused() -> None:
     layers = random_head(layer_sizes(64, "quantile"), torch.float32, seed=6)
     with pytest.raises(ValueError, match="multiple of 16"):
         fused_mlp(torch.randn(2, 72, device=DEVICE), layers)
+
+
+@pytest.mark.skipif(RUNS_HERE and DEVICE == "cpu", reason="interpreted code is not compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("rows,dtype", [(16, torch.bfloat16), (64, torch.bfloat16)], ids=str)
+def test_compiles_for_hopper_without_a_gpu(rows: int, dtype: torch.dtype) -> None:
+    """What an interpreter lets pass and a compiler does not; the tiles fit a multiprocessor."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from sglang_ares_kernels import mlp
+    from sglang_ares_kernels.tuning import tiles_for
+
+    tiles = tiles_for(3584, rows, dtype, torch.device("cpu"))
+    constants = mlp.constants(layer_sizes(3584, "quantile"), tiles, dtype)
+    kinds = {"rows": "i32", "skipped": "i32", "stride_x": "i32", "counters": "*i32"}
+    kinds |= dict.fromkeys(("h1", "h2", "out"), "*fp32")
+    names = mlp._mlp.arg_names
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}
+    source = ASTSource(
+        fn=mlp._mlp,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]},
+    )
+    options = {"num_warps": tiles.warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= 227 << 10
+    assert "cubin" in compiled.asm
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 512])
