@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.auxiliary_output import CommittedTokens
 
-from sglang_ares.srt.policy.types import Remaining
-from sglang_ares.srt.predictor.correction import OnlineCorrection
+from sglang_ares.srt.policy.types import LEVELS, Remaining
+from sglang_ares.srt.predictor.correction import OnlineCorrection, _quantiles
 from sglang_ares.srt.predictor.estimate import RequestPrediction, blend, keeps_trail_at
 from sglang_ares.srt.predictor.head import LengthHead
 from sglang_ares.srt.predictor.recorder import RecordingReader, StateRecorder, request_key
@@ -247,3 +247,10 @@ def test_right_predictions_stay_nearly_what_they_were() -> None:
     corrected = correction.correct((70.0, 100.0, 140.0, 190.0))
     assert corrected == pytest.approx((70, 100, 140, 190), rel=0.2)
     assert list(corrected) == sorted(corrected)
+
+
+@given(st.lists(st.tuples(*[st.floats(-9, 9)] * 4), min_size=1, max_size=40))
+def test_the_corrections_quantiles_are_numpys(rows: Any) -> None:
+    ordered = np.sort(np.array(rows), axis=0)
+    wanted = [np.quantile(ordered[:, j], level) for j, level in enumerate(LEVELS)]
+    assert _quantiles(ordered) == pytest.approx(wanted, abs=1e-12)

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder that collect wrote")
     add("--out", type=Path, required=True, help="folder of the head; finished parts are kept")
     add("--seed", type=int, default=0, help="seed of weights and batches")
-    add("--epochs", type=int, default=100, help="most epochs")
+    add("--epochs", type=int, default=300, help="most epochs")
     add("--device", default="cpu", help="cpu or cuda")
     add("--head-only", action="store_true", help="do not train the arms it is compared with")
     add("--ship-labels", type=int, default=0, help="put so many test labels beside the head")

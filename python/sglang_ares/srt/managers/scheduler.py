@@ -45,6 +45,7 @@ from sglang_ares.srt.managers.remote_requests import RemoteRequests
 from sglang_ares.srt.managers.role_switch import RoleSwitch
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 from sglang_ares.srt.policy.types import DECODE
+from sglang_ares.srt.predictor.runtime import hand_over_on_cpu
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -277,6 +278,13 @@ class AresScheduler(Scheduler):
             ]
             self._prefills.append((time.monotonic(), chunks))
         return super().run_batch(batch, *args, **kwargs)
+
+    def _copy_auxiliary_output_to_cpu(self, batch: ScheduleBatch, result: Any) -> None:
+        """Upstream's, where there is something to copy."""
+        if self.server_args.device == "cpu":
+            hand_over_on_cpu(result)
+        else:
+            super()._copy_auxiliary_output_to_cpu(batch, result)
 
     def process_batch_result(self, batch: ScheduleBatch, result: Any) -> None:
         """Upstream's processing, then the step's time, the first tokens of landed requests, and

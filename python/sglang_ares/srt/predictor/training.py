@@ -24,18 +24,19 @@ OnEpoch = Callable[[int, float, float], None]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What determines a head. ``epochs``, ``patience``: the paper's. ``tokens_share``: weight of
-    the loss in tokens beside the one in logarithms. ``averaging``: of the weights over the steps
-    (the head is the average)."""
+    """What determines a head. ``tokens_share``: weight of the loss in tokens beside the one in
+    logarithms; ``median_weight``: of the median's loss beside another quantile's. ``averaging``: of
+    the weights over the steps (the head is the average)."""
 
     kind: Kind = "quantile"
     seed: int = 0
-    epochs: int = 100
-    patience: int = 10
+    epochs: int = 300
+    patience: int = 30
     batch: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
-    tokens_share: float = 0.7
+    tokens_share: float = 0.95
+    median_weight: float = 8.0
     averaging: float = 0.98
     device: str = "cpu"
 
@@ -57,10 +58,12 @@ def quantile_logs(raw: Tensor) -> Tensor:
     return torch.cat([raw[:, :1], gaps], dim=1).cumsum(dim=1)
 
 
-def pinball(error: Tensor) -> Tensor:
+def pinball(error: Tensor, median_weight: float) -> Tensor:
     """Mean pinball loss of ``error = actual - predicted``, ``(B, len(LEVELS))``."""
     levels = torch.tensor(LEVELS, device=error.device)
-    return torch.maximum(levels * error, (levels - 1) * error).mean()
+    weights = torch.where(levels == 0.5, median_weight, 1.0)
+    losses = torch.maximum(levels * error, (levels - 1) * error)
+    return (losses * (weights / weights.mean())).mean()
 
 
 def loss_of(raw: Tensor, remaining: Tensor, censored: Tensor, plan: TrainingPlan) -> Tensor:
@@ -72,9 +75,9 @@ def loss_of(raw: Tensor, remaining: Tensor, censored: Tensor, plan: TrainingPlan
         return (tokens - remaining).abs().mean() / L1_UNIT
     logs, actual = quantile_logs(raw), torch.log1p(remaining)[:, None]
     logs = torch.where(censored[:, None], torch.minimum(logs, actual), logs)
-    in_logs = pinball(actual - logs)
+    in_logs = pinball(actual - logs, plan.median_weight)
     tokens = torch.expm1(logs.clamp(max=12.0))
-    in_tokens = pinball(remaining[:, None] - tokens) / L1_UNIT
+    in_tokens = pinball(remaining[:, None] - tokens, plan.median_weight) / L1_UNIT
     return (1 - plan.tokens_share) * in_logs + plan.tokens_share * in_tokens
 
 
