@@ -139,6 +139,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--period", type=float, default=80.0, help="of the swing, emulated s")
     parser.add_argument("--longest-prompt", type=int, default=8000, help="longer ones are cut")
+    parser.add_argument("--longest-output", type=int, default=2500, help="longer ones are cut")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--json", type=Path, default=Path("build/roles_emulated.json"))
     parser.add_argument("--plot", type=Path, default=Path("build/roles_emulated.png"))
@@ -147,7 +148,8 @@ def main() -> None:
         rate=options.rate, duration_s=options.duration, seed=options.seed, period_s=options.period
     )
     prompts = np.minimum(stream.prompt_tokens, options.longest_prompt)
-    stream = replace(stream, prompt_tokens=prompts)
+    outputs = np.minimum(stream.output_tokens, options.longest_output)
+    stream = replace(stream, prompt_tokens=prompts, output_tokens=outputs)
     measured: dict[str, dict[str, Any]] = {}
     for arm in options.arms:
         flags = (
