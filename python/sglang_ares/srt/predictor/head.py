@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeAlias
 
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from sglang_ares.srt.policy.types import LEVELS, Remaining
 
@@ -76,10 +76,16 @@ class LengthHead:
             from sglang_ares_kernels import fused_mlp
 
             return fused_mlp(states, self.layers)
-        x = states.to(self.layers[0][0].dtype)
-        for weight, bias in self.layers[:-1]:
-            x = functional.linear(x, weight, bias).relu_()
-        return functional.linear(x, *self.layers[-1]).float()
+        *hidden, (last, last_bias) = self._columns
+        x = states.to(last.dtype)
+        for columns, bias in hidden:
+            x = torch.addmm(bias, x, columns).relu_()
+        return torch.addmm(last_bias, x, last).float()
+
+    @cached_property
+    def _columns(self) -> list[tuple[Tensor, Tensor]]:
+        """The weights transposed; kept, as a call has no more than some twenty microseconds."""
+        return [(weight.t(), bias) for weight, bias in self.layers]
 
     def to(self, device: Any, dtype: torch.dtype) -> LengthHead:
         """A copy on a device, in a dtype."""

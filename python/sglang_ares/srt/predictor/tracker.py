@@ -77,10 +77,12 @@ class PredictionTracker:
         if raw is not None and self._law is not None:
             rows = raw.tolist() if math.isfinite(raw.sum()) else self._without_nan(reqs, raw)
             for req, commit, row in zip(reqs, commits, rows):
-                if commit is None or row is None or is_probe(req.rid):
+                if commit is None or row is None:
                     continue
                 prediction = getattr(req, ATTRIBUTE, None)
                 if prediction is None or prediction.law is None:
+                    if is_probe(req.rid):
+                        continue
                     prediction = self._begin(req, prediction)
                 at = commit.output_index
                 prediction.row, prediction.at, prediction.latest = row, at, None
