@@ -6,6 +6,7 @@ import asyncio
 import functools
 import multiprocessing as mp
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from sglang_ares.srt.emulation.settings import announce, emulated_server_args, p
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.entrypoints.measure import measure_if_needed
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
-from sglang_ares.srt.managers.worker_process import run_detokenizer
+from sglang_ares.srt.managers.worker_process import run_controller_process, run_detokenizer
 from sglang_ares.srt.platforms.cpu import (
     CPU_DEFAULTS,
     accelerator_present,
@@ -181,18 +182,16 @@ class Engine(UpstreamEngine):
         **kwargs: Any,
     ) -> tuple[SchedulerInitResult, list[mp.Process]]:
         """Start the controller, which starts the workers."""
-        from sglang_ares.srt.managers.controller import run_controller_process
-
         reader, writer = mp.Pipe(duplex=False)
+        arguments = (
+            server_args,
+            port_args,
+            ares_args_of(server_args),
+            control_plane_of(server_args),
+        )
         process = mp.Process(
             target=run_controller_process,
-            args=(
-                server_args,
-                port_args,
-                ares_args_of(server_args),
-                control_plane_of(server_args),
-                writer,
-            ),
+            args=(server_args.device, pickle.dumps(arguments), writer),
             name="ares-controller",
         )
         process.start()

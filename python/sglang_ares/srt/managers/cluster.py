@@ -5,7 +5,6 @@ A host that joins a cluster (``managers/worker_host.py``) starts its worker with
 from __future__ import annotations
 
 import logging
-import multiprocessing as mp
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import ROLE_CHANGE, first_refusal
 from sglang_ares.srt.emulation.settings import profile_of
+from sglang_ares.srt.managers.fork_server import process_context
 from sglang_ares.srt.managers.io_struct import Peer
 from sglang_ares.srt.managers.lease import LeaseTimes
 from sglang_ares.srt.managers.remote_workers import Admission, RemoteWorker, WorkerStartError
@@ -28,7 +28,6 @@ from sglang_ares.srt.predictor.start import chosen_head
 from sglang_ares.srt.security.control_plane import ControlPlane, free_ports, private_port_args
 
 if TYPE_CHECKING:
-    from multiprocessing.context import BaseContext
     from multiprocessing.process import BaseProcess
 
     from sglang_ares.ares_args import AresArgs
@@ -101,7 +100,7 @@ class WorkerProcess:
     def spawn(self, start_timeout_s: float) -> None:
         """Start the processes; see :meth:`poll_ready`."""
         args = self.spec.server_args
-        context = process_context(args)
+        context = process_context(args.device)
         self.start_timeout_s = start_timeout_s
         self.deadline = time.monotonic() + start_timeout_s
         for rank in range(args.tp_size):
@@ -387,13 +386,3 @@ def _worker_port_args(worker_args: ServerArgs, front: PortArgs, runtime_dir: str
     port_args.tokenizer_ipc_name = front.tokenizer_ipc_name
     port_args.detokenizer_ipc_name = front.detokenizer_ipc_name
     return port_args
-
-
-def process_context(worker_args: ServerArgs) -> BaseContext:
-    """How to start workers. On a CPU they fork from a server that has imported SGLang once;
-    with an accelerator each starts afresh, as upstream does."""
-    if worker_args.device != "cpu":
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["sglang_ares.srt.managers.preload"])
-    return context

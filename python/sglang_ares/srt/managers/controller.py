@@ -83,7 +83,6 @@ from sglang_ares.srt.managers.role_changes import RoleChanges
 from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_input import WorkerInput
-from sglang_ares.srt.managers.worker_process import leave_ctrl_c_to_the_front
 from sglang_ares.srt.observability.metrics import ControllerMetrics
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
@@ -568,17 +567,16 @@ class AresController(DataParallelController):
             dropped.count("it could not be handled", error=error)
 
 
-def run_controller_process(
+def run_controller(
     server_args: ServerArgs,
     port_args: PortArgs,
     ares_args: AresArgs,
     control: ControlPlane,
     writer: Connection,
 ) -> None:
-    """Entry point of the controller's process."""
+    """Run the controller in this process."""
     from sglang_ares.plugin import hook_controller
 
-    leave_ctrl_c_to_the_front()
     # Upstream's workers send their parent SIGQUIT when they fail; the cluster outlives them.
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     AresController.ares_args = ares_args

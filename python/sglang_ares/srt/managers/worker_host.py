@@ -21,10 +21,10 @@ import zmq
 
 from sglang_ares.srt.managers.cluster import (
     WorkerProcess,
-    process_context,
     worker_server_args,
 )
 from sglang_ares.srt.managers.cluster_settings import settings_of
+from sglang_ares.srt.managers.fork_server import process_context
 from sglang_ares.srt.managers.io_struct import (
     Decoder,
     EndWorker,
@@ -110,7 +110,7 @@ class WorkerHost:
         self._host_id = uuid.uuid4().hex
         self._ids = itertools.count(1)
         self._runtime_dir = tempfile.mkdtemp(prefix="sglang-ares-")
-        self._process_context = process_context(server_args)
+        self._process_context = process_context(server_args.device)
         # A lease for each worker process; one that was ended leaves its own behind.
         self._lease: Any = None
         self._leave_wishes = 0

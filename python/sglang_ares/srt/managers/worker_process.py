@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+from sglang_ares.srt.managers.fork_server import begin_imports
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import PortArgs
@@ -17,6 +20,17 @@ if TYPE_CHECKING:
 def leave_ctrl_c_to_the_front() -> None:
     """A terminal's Ctrl-C reaches every process; only the front decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_controller_process(device: str, arguments: bytes, writer: Connection) -> None:
+    """The controller. ``arguments``: of ``run_controller``, pickled, as reading them imports
+    SGLang: on a CPU the workers' fork server begins with that first, and both import at once."""
+    leave_ctrl_c_to_the_front()
+    begin_imports(device)
+    from sglang_ares.srt.managers.controller import run_controller
+
+    server_args, port_args, ares_args, control = pickle.loads(arguments)
+    run_controller(server_args, port_args, ares_args, control, writer)
 
 
 def nothing() -> None:
