@@ -71,6 +71,8 @@ async def moving_request(
     tasks = [asyncio.create_task(s.run(client)) for s in streams]
     await asyncio.gather(*(s.has(20) for s in streams))
     source = await world.worker_of(client, streams[0].rid)
+    # A worker that had been killed may have come back in the meantime, and got a request.
+    ready = await world.wait_for(client, prefill=2, decode=3)
     others = [w for w in ready["decode"] if w["id"] != source]
     cast = {
         "source": next(w for w in ready["decode"] if w["id"] == source),
