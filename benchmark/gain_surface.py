@@ -116,6 +116,15 @@ def main() -> int:
         arms = [arm for arm in args.arms if all(r["arm"] != arm for r in here)]
         if arms:
             todo.append((cell, arms, here[-1] if here else None))
+
+    def like(cell: Cell, arm: str) -> Row | None:
+        """A row from which to look for this arm's goodput: its own with another number of workers,
+        else the last one of the cell, else its own with another spread of lengths."""
+        own = [r for r in rows if (r["arm"], r["concurrency"]) == (arm, cell.concurrency)]
+        same = [r for r in own if r["cv"] == cell.cv]
+        here = [r for r in rows if cell.key.items() <= r.items()]
+        return next((found[-1] for found in (same, here, own) if found), None)
+
     settings = {name: getattr(args, name) for name in ("profile", "kv", "precision", "seed")} | {
         "output_mean": OUTPUT_MEAN,
         "lifetimes": LIFETIMES,
@@ -128,11 +137,9 @@ def main() -> int:
         bar.update(len(new))
 
     if args.processes == 1:
-        for cell, arms, near in todo:
+        for cell, arms, _ in todo:
             for arm in arms:
-                new = run_cell(cell, [arm], args, near)
-                near = new[-1]
-                keep(new)
+                keep(run_cell(cell, [arm], args, like(cell, arm)))
         return 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
