@@ -86,6 +86,51 @@ def summary(cells: Cells) -> list[str]:
     return lines
 
 
+def gain_shown(arms: dict[str, Row]) -> str:
+    """Ours against round robin: both goodputs, and by how much P99 TPOT falls."""
+    falls = 100 * (1 - TPOT(arms, "ares", BASE))
+    gains = [f"{goodput(arms, 'ares', BASE):.2f}" for goodput in (GOODPUT_90, GOODPUT_99)]
+    return " / ".join([*gains, f"-{falls:.0f} %"])
+
+
+def against(other: str) -> Callable[[dict[str, Row]], str]:
+    """Ours against another arm: steps of the lattice between both goodputs, and P99 TPOT."""
+
+    def shown(arms: dict[str, Row]) -> str:
+        steps = [
+            arms["ares"][f"exponent_{share}"] - arms[other][f"exponent_{share}"]
+            for share in ("90", "99")
+        ]
+        return " / ".join(
+            [*(f"{s:+d}" if s else "0" for s in steps), f"{TPOT(arms, 'ares', other):.2f}"]
+        )
+
+    return shown
+
+
+def markdown(cells: Cells) -> str:
+    """For each question a table: a line per number of workers and concurrency, a column per cv."""
+    cvs = sorted({k[2] for k in cells})
+    lines = []
+    for title, shown, needed in (
+        ("Over static round robin: goodput 90 % / goodput 99 % / P99 TPOT", gain_shown, BASE),
+        ("Against STAR: steps at 90 % / at 99 % / P99 TPOT", against("star"), "star"),
+        ("Against the oracle: steps at 90 % / at 99 % / P99 TPOT", against("oracle"), "oracle"),
+    ):
+        lines += [
+            "",
+            title,
+            "",
+            f"| workers x requests | {' | '.join(f'cv {cv:g}' for cv in cvs)} |",
+        ]
+        lines.append("|---" * (len(cvs) + 1) + "|")
+        for workers, concurrency in sorted({k[:2] for k in cells}):
+            found = [cells.get((workers, concurrency, cv), {}) for cv in cvs]
+            row = [shown(arms) if {"ares", needed} <= arms.keys() else "" for arms in found]
+            lines.append(f"| {workers} x {concurrency} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def plot(cells: Cells, arms: list[str], path: Path) -> None:
     """A row per number of workers and figure, a column per arm, a square per cell."""
     workers = sorted({k[0] for k in cells})
@@ -130,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("surface", type=Path, nargs="+", help="what gain_surface.py wrote")
     parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", action="store_true", help="tables of ours against others")
     args = parser.parse_args()
     rows = [row for path in args.surface for row in json.loads(path.read_text())["rows"]]
     cells = by_cell(rows)
@@ -137,7 +183,10 @@ def main() -> int:
     order = ["least_tokens", "reactive", "star", "ares", "oracle"]
     arms = [arm for arm in order if arm in present]
     console = Console(width=140)
-    console.print(table(cells, arms))
+    if args.markdown:
+        print(markdown(cells))
+    else:
+        console.print(table(cells, arms))
     for line in summary(cells):
         console.print(line)
     if args.plot:

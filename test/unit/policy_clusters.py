@@ -136,6 +136,7 @@ LIMITS = st.builds(
     threshold=st.floats(0, 0.5),
     min_gap_tokens=st.integers(0, 500),
     headroom_tokens=st.integers(0, 300),
+    reserved_tokens=st.sampled_from([0, 16, 512]),
     cooldown_s=st.floats(0, 4),
     tpot_slo_ms=st.sampled_from([0.0, 6.0, 50.0]),
     cost=st.builds(

@@ -149,6 +149,7 @@ class SimulationConfig:
             threshold=self.threshold,
             min_gap_tokens=self.min_gap_tokens,
             headroom_tokens=self.headroom_tokens,
+            reserved_tokens=self.reserved_tokens,
             cooldown_s=self.cooldown_s,
             interval_s=self.reschedule_interval_s,
             tpot_slo_ms=self.tpot_slo_ms,

@@ -106,9 +106,9 @@ class DecodeWorker:
         half = first - growth / 2
         k = math.ceil(2 * wait / (half + math.sqrt(half * half + 2 * growth * wait)))
         # The root is exact but for rounding, by which a boundary may be met or missed.
-        while k > 0 and self.duration(k - 1) >= wait:
+        while k > 0 and (k - 1) * (first + growth * (k - 2) / 2) >= wait:
             k -= 1
-        while self.duration(k) < wait:
+        while k * (first + growth * (k - 1) / 2) < wait:
             k += 1
         return k
 
@@ -157,23 +157,27 @@ class DecodeWorker:
         """When the batch changes by itself, and in how many steps (``due``): the next request
         ends, or the last step that fits is done. :data:`IDLE` if it does no steps."""
         n = len(self.running)
-        if not n or self.short_of_memory():
+        tokens = self.tokens
+        free = self.capacity - self.promised - tokens
+        if not n or free < n:
             self.due = 0
             return IDLE
-        self._drop_left()
-        ends = self._ends[0] // self._requests - self.steps
-        fits = (self.capacity - self.promised - self.tokens) // n
-        self.due = k = min(ends, fits)
-        first = self._a + self._b * n + self._c * self.tokens
+        k = self._next_end()[0] - self.steps
+        if k > free // n:
+            k = free // n
+        self.due = k
+        first = self._a + self._b * n + self._c * tokens
         return self.clock + k * (first + self._c * n * (k - 1) / 2)
 
-    def _drop_left(self) -> None:
-        """Remove the ends of requests that left from the top of the heap."""
+    def _next_end(self) -> tuple[int, int]:
+        """The step at whose end the next running request has all its tokens, and that request;
+        ends of requests that left are removed on the way."""
         ends, running, size = self._ends, self.running, self._requests
         last, request = divmod(ends[0], size)
         while running.get(request) != last:
             heappop(ends)
             last, request = divmod(ends[0], size)
+        return last, request
 
     def take(self, request: int, resident: int, remaining: int, pause_s: float) -> None:
         """``request`` joins at the settled boundary with ``resident`` tokens, ``remaining`` (at
@@ -204,8 +208,7 @@ class DecodeWorker:
         """A running request that has all its tokens at the settled boundary, if there is one."""
         if not self.running or self._ends[0] // self._requests > self.steps:
             return None
-        self._drop_left()
-        last, request = divmod(self._ends[0], self._requests)
+        last, request = self._next_end()
         return request if last <= self.steps else None
 
     def short_of_memory(self) -> bool:

@@ -206,5 +206,5 @@ class ElasticWorker(DecodeWorker):
         self.due = 1
         if not self.decoding:
             return self.clock + self._chunk_s
-        self._drop_left()
+        self._next_end()
         return self.clock + self.duration(1)

@@ -52,6 +52,7 @@ class Mover:
             max_moves=ares_args.max_moves,
             threshold=ares_args.reschedule_threshold,
             min_gap_tokens=ares_args.min_gap_tokens,
+            reserved_tokens=reserved_tokens,
             cooldown_s=ares_args.move_cooldown,
             interval_s=ares_args.reschedule_interval,
             tpot_slo_ms=ares_args.tpot_slo_ms,

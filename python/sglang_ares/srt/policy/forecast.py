@@ -78,7 +78,9 @@ def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> For
     unlisted = (
         workers.running + workers.queued - np.bincount(requests.worker, minlength=len(workers))
     )
-    unlisted_tokens = workers.load_tokens - np.bincount(
+    # Tokens that wait for memory slow no step; of a queued request that is listed they are taken
+    # off again.
+    unlisted_tokens = workers.kv_tokens - np.bincount(
         requests.worker, requests.tokens, len(workers)
     )
     return Forecast(

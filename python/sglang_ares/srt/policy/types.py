@@ -138,6 +138,8 @@ class RescheduleLimits(msgspec.Struct, frozen=True, kw_only=True):
     ``max_moves``: moves per round. ``threshold``: relative deviation from the mean load at
     which a worker counts as over- or underloaded. ``min_gap_tokens``: no move for less.
     ``headroom_tokens``: KV that must stay free on the target on top of the request.
+    ``reserved_tokens``: KV that a worker keeps free for each of its requests, running or queued,
+    before it lets in another one, moved or new (upstream's ``--num-reserved-decode-tokens``).
     ``cooldown_s``: a moved request stays at least this long. ``interval_s``: seconds to the next
     round. ``tpot_slo_ms``: the time per output token that requests are promised (0: none).
     ``cost``: what a migration takes.
@@ -147,6 +149,7 @@ class RescheduleLimits(msgspec.Struct, frozen=True, kw_only=True):
     threshold: float = 0.1
     min_gap_tokens: int = 128
     headroom_tokens: int = 256
+    reserved_tokens: int = 0
     cooldown_s: float = 1.0
     interval_s: float = 1.0
     tpot_slo_ms: float = 0.0

@@ -4,8 +4,13 @@ From the quantiles of the remaining lengths follows what each worker is expected
 of a short horizon (:mod:`~sglang_ares.srt.policy.forecast`), and from that what its requests will
 pay in step time and for memory that runs out (:mod:`~sglang_ares.srt.policy.load_cost`). A move is
 worth what this cost falls by at its source, less what it rises by at its target, from the moment
-the copy is over; it is made if that exceeds twice what the move itself costs. As every move lowers
-the cost of the whole cluster by at least that, no request is sent back and forth.
+the copy is over; it is made if that exceeds what the move itself costs. As every move lowers the
+cost of the whole cluster by at least that, no request is sent back and forth.
+
+Where memory is nearly full everywhere, requests miss their SLO in front of it, waiting to be let
+in, and not by slow steps. Balance then does harm: it takes the room that would have let the next
+ones in, for the sake of those that wait already. So a move leaves its target with room for
+arrivals, and requests that wait for memory do not count as load.
 """
 
 from __future__ import annotations
@@ -33,6 +38,9 @@ _MARGIN = 1.0
 _TARGETS = 4
 # In a batch, at most this share of the moves that are left is made.
 _BATCH = 0.5
+# Share of its KV memory that a move leaves to a target, beyond what admission reserves there, for
+# requests that arrive.
+_FOR_ARRIVALS = 0.1
 
 
 @RESCHEDULING.register("ares")
@@ -58,7 +66,11 @@ class _Round:
             mean_step_ms=step_ms,
             slo_ms=limits.tpot_slo_ms,
         )
-        self._free = workers.free_tokens - limits.headroom_tokens
+        present = workers.running + workers.queued
+        kept = np.ceil(_FOR_ARRIVALS * workers.kv_capacity).astype(np.int64)
+        kept += limits.reserved_tokens * (present + 1) + limits.headroom_tokens
+        # Tokens that each worker can take from others.
+        self._free = workers.kv_capacity - workers.load_tokens - kept
         self._takes_s = limits.cost.seconds_of(requests.tokens)
         self._takes_steps = 1e3 * self._takes_s / step_ms
         self._ahead: Forecast = forecast(cluster, _HORIZON, float(self._takes_steps.mean()))
@@ -164,7 +176,7 @@ class _Round:
         self._open[row] = False
         self._budget -= int(requests.tokens[row])
         # What leaves is still there while what comes arrives.
-        self._free[target] -= requests.tokens[row]
+        self._free[target] -= requests.tokens[row] + self._limits.reserved_tokens
         self._ahead.move(row, source, target)
         self._moves.append(
             Move(
