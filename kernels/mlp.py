@@ -16,6 +16,7 @@ divided into parts, each done by another program, and its readers sum the parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -295,12 +296,18 @@ def constants(sizes: Sequence[int], tiles: Tiles, dtype: torch.dtype) -> dict[st
     }  # fmt: skip
 
 
+def _with_room(tiles: Tiles, rows: int) -> Tiles:
+    """In so few parts that a hidden layer of ``rows`` rows has room in the workspace."""
+    most = _ROOM // rows
+    if max(tiles.parts1, tiles.parts2) <= most:
+        return tiles
+    return replace(tiles, parts1=min(tiles.parts1, most), parts2=min(tiles.parts2, most))
+
+
 def _programs(rows: int, sizes: Sequence[int], compiled: dict[str, Any]) -> list[int]:
     """Programs of each stage, for a batch of ``rows``."""
     d, n1, n2, *_ = sizes
     parts1, parts2 = triton.cdiv(d, compiled["KS1"]), triton.cdiv(n1, compiled["KS2"])
-    if rows * max(parts1, parts2) > _ROOM:
-        raise ValueError(f"{rows} rows in {max(parts1, parts2)} parts: at most {_ROOM} together")
     blocks2 = triton.cdiv(rows, compiled["BM2"])
     return [
         triton.cdiv(rows, compiled["BM1"]) * triton.cdiv(n1, compiled["BN1"]) * parts1,
@@ -340,7 +347,7 @@ def fused_mlp(
         part = states[start : start + MAX_ROWS]
         n = part.shape[0]
         t = tiles or tiles_for(d, n, states.dtype, states.device)
-        compiled = constants(sizes, t, states.dtype)
+        compiled = constants(sizes, _with_room(t, n), states.dtype)
         stages = _programs(n, sizes, compiled)
         skipped = 0
         for programs in [sum(stages)] if launches == 1 else stages:

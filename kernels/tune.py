@@ -82,7 +82,7 @@ def _compile(d: int, rows: int, dtype: torch.dtype, tiles: Tiles) -> bool:
     out = torch.full((rows, wanted.shape[1]), float("nan"), device="cuda")
     try:
         fused_mlp(states, layers, tiles, out)
-    except (triton.runtime.errors.OutOfResources, ValueError):  # too much memory, too many parts
+    except triton.runtime.errors.OutOfResources:
         return False
     if not (error_found := relative_error(out, wanted)) < BOUND[dtype]:
         raise AssertionError(f"{tiles}: relative error {error_found}")

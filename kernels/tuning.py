@@ -14,8 +14,11 @@ from typing import Any, Final
 import torch
 
 TABLE: Final = Path(__file__).with_name("tuning.json")
-# Whose tiles other devices use until they have been tuned.
+# Whose tiles other devices use until they have been tuned, if they have as much shared memory; else
+# tiles that were not measured, which need less than 99 KiB.
 DEFAULT_DEVICE: Final = "NVIDIA H100 80GB HBM3"
+SMALL: Final = "small"
+_LARGE_SHARED_BYTES: Final = 227 << 10
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ def _table() -> dict[str, Any]:
 
 
 @cache
-def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
+def _find(device: str, default: str, dtype: str, d: int, rows: int) -> Tiles:
     table = _table()
     # Numbers of the same size have the same tiles.
     same_size = ("float32",) if dtype == "float32" else (dtype, "bfloat16")
     entries = next(
         table[name][kind]
-        for name in (device, DEFAULT_DEVICE)
+        for name in (device, default)
         for kind in same_size
         if kind in table.get(name, {})
     )
@@ -70,5 +73,10 @@ def _find(device: str, dtype: str, d: int, rows: int) -> Tiles:
 
 def tiles_for(d: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """The tiles for ``rows`` rows (1 to 512) of hidden size ``d``."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT_DEVICE
-    return _find(name, str(dtype).removeprefix("torch."), d, rows)
+    name = default = DEFAULT_DEVICE
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name
+        if properties.shared_memory_per_block_optin < _LARGE_SHARED_BYTES:
+            default = SMALL
+    return _find(name, default, str(dtype).removeprefix("torch."), d, rows)

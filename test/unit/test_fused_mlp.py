@@ -37,7 +37,7 @@ def test_all_of_these_under_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "30 passed" in done.stdout, done.stdout[-300:]
+    assert "39 passed" in done.stdout, done.stdout[-300:]
 
 
 BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -127,32 +127,52 @@ def test_a_hidden_size_that_does_not_fit_is_refused() -> None:
 
 @pytest.mark.skipif(RUNS_HERE and DEVICE == "cpu", reason="interpreted code is not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("rows,dtype", [(16, torch.bfloat16), (64, torch.bfloat16)], ids=str)
-def test_compiles_for_hopper_without_a_gpu(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [16, 64, 512])
+@pytest.mark.parametrize("device,capability,kib", [(None, 90, 227), ("small", 89, 99)])
+def test_compiles_without_a_gpu(
+    device: str | None, capability: int, kib: int, rows: int, dtype: torch.dtype
+) -> None:
     """What an interpreter lets pass and a compiler does not; the tiles fit a multiprocessor."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from sglang_ares_kernels import mlp
-    from sglang_ares_kernels.tuning import tiles_for
+    from sglang_ares_kernels.tuning import DEFAULT_DEVICE, _find
 
-    tiles = tiles_for(3584, rows, dtype, torch.device("cpu"))
+    name = device or DEFAULT_DEVICE
+    tiles = mlp._with_room(_find(name, name, str(dtype).removeprefix("torch."), 3584, rows), rows)
     constants = mlp.constants(layer_sizes(3584, "quantile"), tiles, dtype)
     kinds = {"rows": "i32", "skipped": "i32", "stride_x": "i32", "counters": "*i32"}
     kinds |= dict.fromkeys(("h1", "h2", "out"), "*fp32")
+    given = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     names = mlp._mlp.arg_names
-    signature = {n: "constexpr" if n in constants else kinds.get(n, "*bf16") for n in names}
+    signature = {n: "constexpr" if n in constants else kinds.get(n, given) for n in names}
     source = ASTSource(
         fn=mlp._mlp,
         signature=signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if "*" in signature[n]},
     )
-    options = {"num_warps": tiles.warps}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.metadata.shared <= 227 << 10
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": tiles.warps})
+    assert compiled.metadata.shared <= kib << 10
     assert "cubin" in compiled.asm
+
+
+@pytest.mark.parametrize("rows", [65, 257, 512])
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_the_parts_of_a_large_batch_have_room(rows: int, dtype: torch.dtype) -> None:
+    from sglang_ares_kernels import mlp
+    from sglang_ares_kernels.tuning import tiles_for
+
+    for d in (128, 2048, 3584, 4096, 5120, 8192):
+        tiles = mlp._with_room(tiles_for(d, rows, dtype, torch.device("cpu")), rows)
+        sizes = layer_sizes(d, "quantile")
+        found = mlp.constants(sizes, tiles, dtype)
+        parts = max(-(-sizes[0] // found["KS1"]), -(-sizes[1] // found["KS2"]))
+        assert rows * parts <= mlp._ROOM
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 512])
