@@ -92,7 +92,16 @@ def test_engine_leaves_no_process_behind(tmp_path: Path) -> None:
     line = next(x for x in run.stdout.splitlines() if x.startswith("PIDS"))
     pids = [int(p) for p in line.split()[1:]]
     assert len(pids) == 2
-    assert not any(psutil.pid_exists(p) for p in pids)
+    # Dead, if not yet reaped: their parent died with them, and that is the init process's work.
+    assert not any(runs(p) for p in pids)
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and it is not a zombie."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def gone(family: list[psutil.Process], timeout_s: float = 20) -> bool:
