@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from integration.servers import Server
 
 PROMPTS = [f"walk {n}\n" for n in (9, 14, 19, 24)]
 TOKENS = 320
+# No name twice: two seconds after a stream has ended upstream aborts whoever bears its name then.
+_numbers = itertools.count()
 NO_KEEPALIVE = httpx.Limits(max_keepalive_connections=0)
 
 
@@ -95,7 +98,7 @@ class FaultWorld:
         """Run every prompt once, undisturbed."""
         async with self.client() as client:
             streams = await asyncio.gather(
-                *(Stream(f"reference-{i}", p).run(client) for i, p in enumerate(PROMPTS))
+                *(Stream(f"reference-{next(_numbers)}", p).run(client) for p in PROMPTS)
             )
         self.references = {s.prompt: s for s in streams}
 
