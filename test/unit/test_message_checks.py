@@ -501,6 +501,10 @@ UNPICKLES = {
     ("srt/managers/controller.py", "sock_recv"),
     # The processes of one host's cluster, over pipes inherited from their parent.
     ("srt/managers/cluster.py", "recv"),
+    # The controller's arguments, handed by its parent as multiprocessing hands arguments; read
+    # only after the workers' fork server has begun to import what reading them imports.
+    ("engine.py", "pickle"),
+    ("srt/managers/worker_process.py", "pickle"),
 }
 SUSPECTS = {
     "pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "jsonpickle",

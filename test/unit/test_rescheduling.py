@@ -37,6 +37,19 @@ def test_the_oracle_is_no_choice_of_a_controller() -> None:
     assert set(SERVED) == {"none", "reactive", "star", "ares"}
 
 
+def test_reactive_does_not_spend_room_that_a_move_has_yet_to_clear() -> None:
+    # The second move would go to worker 3, where only what the first takes away leaves room.
+    workers = [
+        worker(3, [request("a", 2)], capacity=3, queued_tokens=2),
+        worker(5, [], capacity=2),
+        worker(7, [request("b", 3, movable=False), request("c", 1)], capacity=5),
+    ]
+    limits = RescheduleLimits(
+        max_moves=2, threshold=0.0, min_gap_tokens=0, headroom_tokens=0, cooldown_s=0.0
+    )
+    assert [m.rid for m in planned("reactive", workers, limits)] == ["a"]
+
+
 # --- rules ----------------------------------------------------------------------------------
 
 

@@ -45,8 +45,7 @@ def reactive(cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]:
         budget -= size
         load[source] -= size
         load[target] += size
-        free[source] += size
-        free[target] -= size
+        free[target] -= size  # the source's is not free before the move has ended
         moves.append(
             Move(
                 rid=requests.rids[chosen],
