@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang_ares.demo_model import MODEL_DIR
 from sglang_ares.launch_server import parse_args
 from sglang_ares.srt.platforms import cpu
+
+NIXL_PARAMS = "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +144,30 @@ def test_every_default_differs_from_upstreams() -> None:
     args = ServerArgs(model_path="m")
     for name, value in cpu.CPU_DEFAULTS.items():
         assert getattr(args, name) != value, name
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (None, {"num_threads": "0"}),
+        ('{"device_list": "eth0"}', {"num_threads": "0", "device_list": "eth0"}),
+        ('{"num_threads": "4"}', {"num_threads": "4"}),
+    ],
+)
+def test_nixl_senders_get_no_threads_unless_the_operator_wants_them(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: dict[str, str]
+) -> None:
+    monkeypatch.delenv(NIXL_PARAMS, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(NIXL_PARAMS, chosen)
+    cpu._no_transfer_threads()
+    assert json.loads(os.environ[NIXL_PARAMS]) == expected
+
+
+@pytest.mark.parametrize("wrong", ["{", "[1]", "8"])
+def test_what_upstream_refuses_reaches_it_unchanged(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setenv(NIXL_PARAMS, wrong)
+    cpu._no_transfer_threads()
+    assert os.environ[NIXL_PARAMS] == wrong

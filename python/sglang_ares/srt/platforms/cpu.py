@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import ipaddress
+import json
 import logging
 import os
 import sys
@@ -146,6 +147,19 @@ def _calm_progress_threads() -> None:
     bindings.nixlAgentConfig = CalmAgentConfig
 
 
+def _no_transfer_threads() -> None:
+    """Upstream gives a sender's NIXL agent eight threads with a connection each. Between moves,
+    which are few, nobody reads the connections that these open among themselves, and UCX then has
+    the progress thread poll without a pause: half a core lost after a worker's first move."""
+    name = "SGLANG_DISAGGREGATION_NIXL_BACKEND_PARAMS"
+    try:
+        chosen = json.loads(os.environ.get(name, "{}"))
+    except ValueError:
+        return  # upstream says what is wrong
+    if isinstance(chosen, dict):
+        os.environ[name] = json.dumps({"num_threads": "0", **chosen})
+
+
 def _platform_class() -> type:
     from sglang.srt.platforms.cpu import CpuDeviceMixin
     from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -160,6 +174,7 @@ def _platform_class() -> type:
             _run_in_order()
             _register_kv_as_dram()
             _calm_progress_threads()
+            _no_transfer_threads()
 
         def get_default_attention_backend(self) -> str:
             return "torch_native"
