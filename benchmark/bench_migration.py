@@ -191,19 +191,22 @@ def by_arm_and_length(runs: list[PauseRun]) -> dict[str, dict[int, PauseSummary]
     }
 
 
-def step_ratios(runs: list[PauseRun], lengths: list[int]) -> dict[str, dict[str, float]]:
+def step_ratios(runs: list[PauseRun], lengths: list[int]) -> dict[str, dict[str, Any]]:
     """Others' mean step during live copies over just before, by length and over all."""
     live = [run for run in runs if run._arm == LIVE]
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, chosen in [*((str(n), [n]) for n in lengths), ("all", lengths)]:
-        during = [g for run in live for n in chosen for g in run.during[n]]
-        before = [g for run in live for n in chosen for g in run.before[n]]
+        during = [[g for run in live for g in run.during[n]] for n in chosen]
+        before = [[g for run in live for g in run.before[n]] for n in chosen]
+        ratio = step_ratio(during, before)
         rows[name] = {
-            "ratio": round(step_ratio(during, before), 3),
-            "gaps_during": len(during),
-            "gaps_before": len(before),
-            "median_before_ms": round(1e3 * percentile(before, 50), 2),
+            "ratio": round(ratio.ratio, 3),
+            "interval_95": [round(ratio.low, 3), round(ratio.high, 3)],
+            "gaps_during": sum(map(len, during)),
+            "gaps_before": sum(map(len, before)),
         }
+        if len(chosen) == 1:
+            rows[name]["median_before_ms"] = round(1e3 * percentile(before[0], 50), 2)
     return rows
 
 
@@ -219,7 +222,9 @@ def report(document: dict[str, Any], arms: dict[str, dict[int, PauseSummary]]) -
             )
     for name, row in document.get("others_steps_during_live_copy", {}).items():
         print(
-            f"others' steps during a copy, {name:>6s}: × {row['ratio']} ({row['gaps_during']} gaps)"
+            f"others' steps during a copy, {name:>6s}: × {row['ratio']}"
+            f" (95 %: {row['interval_95'][0]} to {row['interval_95'][1]};"
+            f" {row['gaps_during']} gaps)"
         )
     for share, row in document.get("prefix_reuse", {}).items():
         print(

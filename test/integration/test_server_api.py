@@ -115,6 +115,26 @@ def test_stream_is_whole_while_its_request_moves(server: Server, client: openai.
     assert mover.completed >= 3
 
 
+def test_a_name_may_be_used_again_at_once(server: Server) -> None:
+    """What tidies up after a stream leaves the next request of that name alone."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for tokens in (1, 900):
+            started = time.monotonic()
+            answer = client.post(
+                "/generate",
+                json={
+                    "rid": "again",
+                    "text": "walk 30\n",
+                    "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True},
+                    "stream": True,
+                },
+            )
+            took = time.monotonic() - started
+    last = json.loads(answer.text.split("data: ")[-2])["meta_info"]
+    assert (last["finish_reason"]["type"], last["completion_tokens"]) == ("length", 900)
+    assert took > 2.5, "too fast for the tidying, which comes after two seconds"
+
+
 def test_bench_serving_unmodified(server: Server, tmp_path: Path) -> None:
     """Upstream's ``bench_serving``: 200 requests at a finite rate, every one completed."""
     out = tmp_path / "result.json"

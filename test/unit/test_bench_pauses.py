@@ -63,8 +63,17 @@ def test_gaps_within_all_of_time_add_up(times: list[float], start: float, end: f
 
 
 def test_step_ratio() -> None:
-    assert step_ratio([2.0, 4.0], [1.0, 1.0, 4.0]) == pytest.approx(1.5)
-    assert math.isnan(step_ratio([], [1.0])) and math.isnan(step_ratio([1.0], []))
+    one = step_ratio([[2.0, 4.0]], [[1.0, 1.0, 4.0]])
+    assert one.ratio == pytest.approx(1.5)
+    assert one.low <= one.ratio <= one.high
+    assert math.isnan(step_ratio([[]], [[1.0]]).ratio) and math.isnan(step_ratio([], []).ratio)
+
+
+def test_step_ratio_does_not_mix_loads() -> None:
+    """Half as long again under either load is half as long again over both, however many gaps of
+    each there are."""
+    both = step_ratio([[1.5], [15.0] * 9], [[1.0] * 9, [10.0]])
+    assert (both.ratio, both.low, both.high) == pytest.approx((1.5, 1.5, 1.5))
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:

@@ -417,7 +417,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "update_active_ranks", "_dispatch_to_scheduler", "_async_dispatch_to_scheduler",
             "update_request_meta_info", "_handle_batch_output", "_handle_abort_req",
-            "auto_create_handle_loop",
+            "auto_create_handle_loop", "create_abort_task",
         ),
     ),
     "AresOutputStreamer": (

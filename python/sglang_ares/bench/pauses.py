@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sglang_ares.bench.report import percentile
 
@@ -79,9 +82,13 @@ def summarize_pauses(moves: Sequence[Move]) -> PauseSummary:
         steps_p99=percentile([m.steps for m in moves], 99),
         step_ms=round(step_ms, 2),
         duration_p50_ms=round(percentile([m.duration_ms for m in moves], 50), 1),
-        within_target=p50 <= max(P50_STEPS * step_ms, P50_MS)
-        and p99 <= max(P99_STEPS * step_ms, P99_MS),
+        within_target=p50 <= p50_target_ms(step_ms) and p99 <= max(P99_STEPS * step_ms, P99_MS),
     )
+
+
+def p50_target_ms(step_ms: float) -> float:
+    """The longest median pause that is on target where a decode step takes ``step_ms``."""
+    return max(P50_STEPS * step_ms, P50_MS)
 
 
 def gaps_ending_within(times: Sequence[float], start: float, end: float) -> list[float]:
@@ -100,11 +107,37 @@ def longest_gap(times: Sequence[float], start: float, end: float) -> tuple[float
     return a, b
 
 
-def step_ratio(during: Sequence[float], before: Sequence[float]) -> float:
-    """Mean of ``during`` over mean of ``before``; NaN without either."""
-    if not during or not before:
-        return float("nan")
-    return (sum(during) / len(during)) / (sum(before) / len(before))
+@dataclass(frozen=True)
+class StepRatio:
+    """Mean step during copies over the mean just before, with the 95 % bootstrap interval."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def step_ratio(
+    during: Sequence[Sequence[float]], before: Sequence[Sequence[float]], seed: int = 0
+) -> StepRatio:
+    """Over several loads: ``during[i]`` and ``before[i]`` are the gaps (seconds) under load i. Each
+    gap counts relative to its own load's mean before, so that loads with slower steps do not weigh
+    more, nor do those with more copies look slower. Gaps are resampled as if independent. NaN
+    without gaps."""
+    pairs = [
+        (np.asarray(d), np.asarray(b))
+        for d, b in zip(during, before, strict=True)
+        if len(d) and len(b)
+    ]
+    if not pairs:
+        return StepRatio(math.nan, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(1000):
+        drawn = [(rng.choice(d, len(d)), rng.choice(b, len(b)).mean()) for d, b in pairs]
+        draws.append(np.concatenate([d / b for d, b in drawn]).mean())
+    low, high = np.percentile(draws, [2.5, 97.5])
+    ratio = np.concatenate([d / b.mean() for d, b in pairs]).mean()
+    return StepRatio(float(ratio), float(low), float(high))
 
 
 def plot_pauses(path: Path, arms: Mapping[str, Mapping[int, PauseSummary]], *, title: str) -> None:
@@ -124,12 +157,20 @@ def plot_pauses(path: Path, arms: Mapping[str, Mapping[int, PauseSummary]], *, t
                 marker="o",
                 label=f"{arm}, {field[6:9]}",
             )
-    axes.axhline(P50_MS, color="#999999", linewidth=1, label=f"target p50: {P50_MS:.0f} ms")
-    axes.set_xscale("log", base=2)
     lengths = sorted({n for by_length in arms.values() for n in by_length})
+    steps = {n: max(a[n].step_ms for a in arms.values() if n in a) for n in lengths}
+    axes.plot(
+        lengths,
+        [p50_target_ms(steps[n]) for n in lengths],
+        color="#999999",
+        linewidth=1,
+        label=f"target p50: {P50_MS:.0f} ms, or {P50_STEPS} decode steps",
+    )
+    axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("context of the moved request (tokens)")
     axes.set_ylabel("pause (ms)")
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import HTTPException
+from fastapi import BackgroundTasks, HTTPException
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
 from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import (
@@ -23,7 +23,7 @@ from sglang_ares.srt.observability.slo import SloAttainment
 from sglang_ares.srt.policy.elastic.instances import Slo
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import AbortReq, ActiveRanksOutput
+    from sglang.srt.managers.io_struct import AbortReq, ActiveRanksOutput, GenerateReqInput
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.ares_args import AresArgs
@@ -77,6 +77,21 @@ class AresTokenizerManager(TokenizerManager):
         if self.attainment is not None and state is not None:
             reason = recv_obj.finished_reason or {"type": "abort"}
             count_ended(self.attainment, state, reason, 0, time.monotonic())
+
+    def create_abort_task(self, obj: GenerateReqInput) -> BackgroundTasks:
+        """Two seconds after a stream has ended or its client has gone, what still runs of it is
+        aborted, as upstream does; but not another request that bears its name by then."""
+
+        async def abort_what_still_runs() -> None:
+            await asyncio.sleep(2)
+            for i, rid in enumerate([obj.rid] if obj.is_single else obj.rid):
+                state = self.rid_to_state.get(rid)
+                if state is not None and state.obj is (obj if obj.is_single else obj[i]):
+                    self.abort_request(rid)
+
+        tasks = BackgroundTasks()
+        tasks.add_task(abort_what_still_runs)
+        return tasks
 
     def auto_create_handle_loop(self) -> None:
         """Upstream's tasks, and one that keeps the shares in ``/metrics`` up to date."""
