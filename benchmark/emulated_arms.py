@@ -38,10 +38,10 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def server_flags(options: argparse.Namespace) -> tuple[str, ...]:
-    """The emulated cluster of ``options``."""
+    """The cluster of ``options``: emulated, or ``real``, with the embedded model."""
+    emulated = (f"--ares-emulate={options.profile}", f"--ares-time-dilation={options.dilation}")
     return (
-        f"--ares-emulate={options.profile}",
-        f"--ares-time-dilation={options.dilation}",
+        *(() if getattr(options, "real", False) else emulated),
         f"--ares-prefill-workers={options.prefill_workers}",
         f"--ares-decode-workers={options.decode_workers}",
         "--incremental-streaming-output",

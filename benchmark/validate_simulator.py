@@ -1,10 +1,13 @@
-"""The simulator against an emulated cluster: same requests, profile and policies.
+"""The simulator against an emulated or a real cluster: same requests, profile and policies.
 
-Signed errors, simulated over emulated minus 1, for the means and percentiles of TPOT and TTFT and
+Signed errors, simulated over measured minus 1, for the means and percentiles of TPOT and TTFT and
 for the throughput. What handing a prompt's KV over takes on this host is no part of the profile:
 it is measured first, on the idle cluster, and given to the simulator (``--no-host-delays``: not).
 An emulated cluster holds moves to the profile's link, but not hand-overs; the simulator holds both,
 so without moves its link is given no limit.
+
+``--real``: against real workers with the embedded model; ``--profile`` is then a file written by
+``python -m sglang_ares.bench calibrate`` on this machine.
 """
 
 from __future__ import annotations
@@ -97,10 +100,10 @@ async def host_delay_ms(url: str, profile: Profile, options: argparse.Namespace)
     return max(0.0, ttft - profile.prefill.ms(IDLE_PROMPT) - options.first_step * first_step)
 
 
-async def emulate(
+async def measure(
     url: str, stream: RequestStream, profile: Profile, options: argparse.Namespace
 ) -> tuple[Run, dict[str, Any], float]:
-    """The emulated run, its figures, and the host's delay of a prompt's hand-over (ms)."""
+    """The cluster's run, its figures, and the host's delay of a prompt's hand-over (ms)."""
     delay = await host_delay_ms(url, profile, options) if options.host_delays else 0.0
     run, figures = await replay_arm(
         url,
@@ -108,48 +111,51 @@ async def emulate(
         options,
         placement=options.placement,
         rescheduling=options.rescheduling,
-        name="emulated",
+        name="real" if options.real else "emulated",
     )
     return run, figures, delay
 
 
-def compare(emulated: dict[str, Any], simulated: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Both figures, the signed error, and whether it is within the target, by name."""
+def compare(
+    kind: str, measured: dict[str, Any], simulated: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Both figures, the signed error, and whether it is within the target, by name. ``kind``: of
+    the cluster."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in simulated.items():
-        other = float(emulated[name])
+        other = float(measured[name])
         error = value / other - 1 if other else None
         target = TARGETS.get(name)
-        rows[name] = {"emulated": other, "simulated": value, "error": error, "target": target}
+        rows[name] = {kind: other, "simulated": value, "error": error, "target": target}
         if target is not None and error is not None:
             rows[name]["within"] = abs(error) <= target
     return rows
 
 
-def table(rows: dict[str, dict[str, Any]]) -> Table:
+def table(kind: str, rows: dict[str, dict[str, Any]]) -> Table:
     """For the terminal."""
     shown = Table()
-    for column in ("", "emulated", "simulated", "error", "target"):
+    for column in ("", kind, "simulated", "error", "target"):
         shown.add_column(column, justify="left" if not column else "right")
     for name, row in rows.items():
         error = "–" if row["error"] is None else f"{row['error']:+.1%}"
         target = "" if row["target"] is None else f"±{row['target']:.0%}"
         if row.get("within") is False:
             target += " missed"
-        shown.add_row(name, f"{row['emulated']:,.2f}", f"{row['simulated']:,.2f}", error, target)
+        shown.add_row(name, f"{row[kind]:,.2f}", f"{row['simulated']:,.2f}", error, target)
     return shown
 
 
-def plot(path: Path, run: Run, result: Result) -> None:
-    """Distributions of TPOT and TTFT, emulated and simulated."""
+def plot(path: Path, kind: str, run: Run, result: Result) -> None:
+    """Distributions of TPOT and TTFT, measured and simulated."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     columns = (
         ("TPOT", [r.tpot_s for r in run.results], result.tpot_s),
         ("TTFT", [r.ttft_s for r in run.results], result.ttft_s),
     )
-    for axes, (name, emulated, simulated) in zip(figure.subplots(1, 2), columns, strict=True):
+    for axes, (name, measured, simulated) in zip(figure.subplots(1, 2), columns, strict=True):
         for label, values, colour in (
-            ("emulated", [v for v in emulated if v is not None], "#0072B2"),
+            (kind, [v for v in measured if v is not None], "#0072B2"),
             ("simulated", simulated[~np.isnan(simulated)], "#D55E00"),
         ):
             ordered = 1e3 * np.sort(np.asarray(values, np.float64))
@@ -180,17 +186,19 @@ def main() -> None:
         default=0.0,
         help="decode steps that pass before a request's first token reaches the client",
     )
-    parser.add_argument("--url", help="an emulated server that runs already")
+    parser.add_argument("--real", action="store_true", help="real workers, the embedded model")
+    parser.add_argument("--url", help="such a server that runs already")
     parser.add_argument("--json", type=Path, default=Path("build/simulator_validation.json"))
     parser.add_argument("--plot", type=Path, default=Path("build/simulator_validation.png"))
     options, more_flags = parser.parse_known_args()
+    kind = "real" if options.real else "emulated"
     stream, profile = workload_of(options), load_profile(options.profile)
     if options.url:
-        run, emulated, delay = asyncio.run(emulate(options.url, stream, profile, options))
+        run, measured, delay = asyncio.run(measure(options.url, stream, profile, options))
     else:
         flags = (*server_flags(options), *more_flags)
         with running_server(log_path(options.json), *flags) as url:
-            run, emulated, delay = asyncio.run(emulate(url, stream, profile, options))
+            run, measured, delay = asyncio.run(measure(url, stream, profile, options))
     if options.host_delays:
         profile = msgspec.structs.replace(profile, transfer_fixed_ms=delay)
         if options.rescheduling == "none":
@@ -198,19 +206,20 @@ def main() -> None:
     # The cluster saw the requests when they were sent, not when they were due.
     sent = replace(stream, arrival_s=np.array([r.sent_s for r in run.results]))
     result = simulate(sent, profile, options)
-    rows = compare(emulated, figures_of(result))
-    Console().print(table(rows))
-    plot(options.plot, run, result)
+    rows = compare(kind, measured, figures_of(result))
+    Console().print(table(kind, rows))
+    plot(options.plot, kind, run, result)
     write_json(
         options.json,
         {
             "command": "python " + " ".join(sys.argv),
             "machine": machine(),
             "seed": options.seed,
+            "profile": msgspec.to_builtins(profile),
             "host_delay_ms": delay,
-            "late_steps": emulated["late_steps"],
+            "late_steps": measured["late_steps"],
             "figures": rows,
-            "emulated": raw(run),
+            kind: raw(run),
             "simulated": result.to_dict(raw=True),
         },
     )
