@@ -16,6 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from sglang_ares.simulator.lattice import MOST_STEPS
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -33,11 +35,20 @@ def by_cell(rows: list[Row]) -> Cells:
     return {key: arms for key, arms in sorted(cells.items()) if BASE in arms}
 
 
+def off_the_lattice(row: Row, goodput: str) -> bool:
+    """Whether the search ended at its highest rate: that compressed the run until it was shorter
+    than its long requests, so that nothing could fill up. Such a goodput is none."""
+    return bool(row[goodput.replace("goodput", "exponent")] == MOST_STEPS)
+
+
 def ratio(field: str) -> Callable[[dict[str, Row], str, str], float]:
-    """``field`` of one arm over that of another; NaN where either is missing or zero."""
+    """``field`` of one arm over that of another; NaN where either is missing or zero, or a goodput
+    off the lattice."""
 
     def of(arms: dict[str, Row], arm: str, base: str) -> float:
         if arm not in arms or base not in arms or not arms[base][field]:
+            return float("nan")
+        if "goodput" in field and any(off_the_lattice(arms[a], field) for a in (arm, base)):
             return float("nan")
         return float(arms[arm][field] / arms[base][field])
 
@@ -89,7 +100,10 @@ def summary(cells: Cells) -> list[str]:
 def gain_shown(arms: dict[str, Row]) -> str:
     """Ours against round robin: both goodputs, and by how much P99 TPOT falls."""
     falls = 100 * (1 - TPOT(arms, "ares", BASE))
-    gains = [f"{goodput(arms, 'ares', BASE):.2f}" for goodput in (GOODPUT_90, GOODPUT_99)]
+    gains = [
+        "–" if np.isnan(gain := goodput(arms, "ares", BASE)) else f"{gain:.2f}"
+        for goodput in (GOODPUT_90, GOODPUT_99)
+    ]
     return " / ".join([*gains, f"-{falls:.0f} %"])
 
 
@@ -97,13 +111,12 @@ def against(other: str) -> Callable[[dict[str, Row]], str]:
     """Ours against another arm: steps of the lattice between both goodputs, and P99 TPOT."""
 
     def shown(arms: dict[str, Row]) -> str:
-        steps = [
-            arms["ares"][f"exponent_{share}"] - arms[other][f"exponent_{share}"]
-            for share in ("90", "99")
-        ]
-        return " / ".join(
-            [*(f"{s:+d}" if s else "0" for s in steps), f"{TPOT(arms, 'ares', other):.2f}"]
-        )
+        steps = []
+        for share, goodput in (("90", GOODPUT_90), ("99", GOODPUT_99)):
+            ahead = arms["ares"][f"exponent_{share}"] - arms[other][f"exponent_{share}"]
+            known = not np.isnan(goodput(arms, "ares", other))
+            steps.append((f"{ahead:+d}" if ahead else "0") if known else "–")
+        return " / ".join([*steps, f"{TPOT(arms, 'ares', other):.2f}"])
 
     return shown
 

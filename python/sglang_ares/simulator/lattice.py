@@ -15,7 +15,7 @@ from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.goodput import ATTAINMENTS, Point, try_rate
 
 # Rates below ``step**-this`` or above ``step**this`` of the base are not tried.
-_MOST = 128
+MOST_STEPS = 128
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def lattice_search(
 
     found: dict[float, int | None] = {}
     for share, begin in start.items():
-        good = max((k for k, p in tried.items() if p.meets(share)), default=-_MOST - 1)
+        good = max((k for k, p in tried.items() if p.meets(share)), default=-MOST_STEPS - 1)
         fails = (k for k, p in tried.items() if p.meets(share) is False and k > good)
-        bad = min(fails, default=_MOST + 1)
+        bad = min(fails, default=MOST_STEPS + 1)
         k, stride = max(good + 1, min(bad - 1, begin)), 1
         while bad - good > 1:
             if not good < k < bad:
@@ -66,7 +66,7 @@ def lattice_search(
             else:
                 bad, k = k, k - stride
             stride *= 2
-        found[share] = good if good >= -_MOST else None
+        found[share] = good if good >= -MOST_STEPS else None
     return found, tries
 
 
