@@ -157,9 +157,9 @@ def test_every_default_differs_from_upstreams() -> None:
 def test_nixl_senders_get_no_threads_unless_the_operator_wants_them(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None, expected: dict[str, str]
 ) -> None:
-    monkeypatch.delenv(NIXL_PARAMS, raising=False)
-    if chosen is not None:
-        monkeypatch.setenv(NIXL_PARAMS, chosen)
+    monkeypatch.setenv(NIXL_PARAMS, chosen or "")  # so that what is written below is undone
+    if chosen is None:
+        monkeypatch.delenv(NIXL_PARAMS)
     cpu._no_transfer_threads()
     assert json.loads(os.environ[NIXL_PARAMS]) == expected
 
