@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_ares.srt.disaggregation.budgets import BandwidthBudget, InboundMemory
-from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED, SourceState
+from sglang_ares.srt.disaggregation.migration import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    REFUSED,
+    SourceState,
+)
 from unit.migration_world import CACHED, DEFAULT_LIMITS, World
 
 
@@ -226,6 +232,38 @@ def test_what_would_pause_for_long_is_given_up() -> None:
     result = world.result(migration)
     assert [s for s, _ in source.record.history[-2:]] == ["CANCELLING", "ENDED"]
     assert (result.outcome, result.reason) == (CANCELLED, "outgrew the reservation")
+    assert world.owner("r") == 0
+    finish(world)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_stopped_request_does_not_wait_for_a_copy_that_stalls(live: bool) -> None:
+    """Its last chunk is under way and does not arrive. Stop and copy has to wait for all of it."""
+    world = limited(chunk_tokens=200, live_copy=live)
+    req = world.submit("r", prompt=100, max_new=150)
+    migration = world.start("r", 0, 1)
+    record = world.workers[0].manager.outbound[migration].record
+    while record.state is SourceState.OFFERED:
+        world.round()
+    for _ in range(100):
+        if record.state is not SourceState.COPYING:
+            break
+        world.workers[0].iterate()
+    assert record.state is (SourceState.STOPPING if live else SourceState.HANDOVER)
+    written = len(req.output_ids)
+    for _ in range(6):
+        world.now += 0.1
+        world.workers[0].iterate()
+    if not live:
+        assert len(req.output_ids) == written
+        world.settle()
+        assert world.result(migration).outcome == COMPLETED
+        return
+    assert record.state is SourceState.CANCELLING
+    assert written < len(req.output_ids), "it goes on at once"
+    world.settle()
+    result = world.result(migration)
+    assert (result.outcome, result.reason) == (FAILED, "timeout in STOPPING")
     assert world.owner("r") == 0
     finish(world)
 

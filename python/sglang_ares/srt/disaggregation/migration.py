@@ -96,7 +96,8 @@ class ProtocolError(RuntimeError):
 class MigrationLimits:
     """``timeout_s``: longest stay in one state, in COPYING without progress. ``headroom_tokens``:
     how far the request may grow while it is copied, at least. ``final_tokens``: hand over once at
-    most this much is left to send. ``chunk_tokens``: most tokens sent in one piece.
+    most this much is left to send. ``chunk_tokens``: most tokens sent in one piece. ``stopped_s``:
+    longest that a request whose live copy ran out of room waits, stopped, for the piece under way.
     ``max_inbound``, ``max_outbound``: most migrations at once. ``bandwidth_mb_s``: 10^6 bytes of KV
     per second that a worker may send for migrations, 0 for any. ``memory_share``: largest share of
     the KV pool that inbound migrations may hold reserved. ``live_copy``: copy while the request
@@ -108,6 +109,7 @@ class MigrationLimits:
     headroom_tokens: int = 64
     final_tokens: int = 16
     chunk_tokens: int = 2048
+    stopped_s: float = 0.5
     max_inbound: int = 8
     max_outbound: int = 8
     bandwidth_mb_s: float = 0.0

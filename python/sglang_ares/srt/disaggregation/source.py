@@ -288,6 +288,9 @@ class SourceMigration:
         self._host.stop(self.req)
         self._stopped = True
         self._enter(SourceState.STOPPING, now)
+        if self._limits.live_copy:
+            longest = min(self._limits.stopped_s, self._limits.timeout_s)
+            self.record.extend_deadline(now, longest)
 
     def _hand_over_when_stopped(self, now: float, progress_poll: int) -> None:
         if not self._host.has_stopped(self.req):
