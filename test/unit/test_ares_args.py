@@ -266,6 +266,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dp_size": 2}, "data_parallel"),
     ({"enable_dp_attention": True}, "data_parallel"),
     ({"nnodes": 2}, "multi_node"),
+    ({"page_size": 16, "device": "cpu"}, "page_size_on_cpu"),
     ({"speculative_algorithm": "EAGLE"}, "speculative"),
     ({"enable_hierarchical_cache": True}, "hierarchical_cache"),
     ({"enable_hisparse": True}, "hierarchical_cache"),
@@ -304,6 +305,11 @@ def test_every_flag_a_row_names_is_fired_above() -> None:
         for flag in re.findall(r"--[\w-]+", row.what):
             assert flag in field_of, f"upstream has no flag {flag}"
             assert field_of[flag] in fired, flag
+
+
+def test_an_accelerator_may_have_any_page_size() -> None:
+    server_args = ServerArgs(model_path=str(MODEL_DIR), page_size=16, device="cuda")
+    assert first_refusal(CLUSTER, server_args) is None
 
 
 def test_nothing_is_refused_by_default() -> None:
