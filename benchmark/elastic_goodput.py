@@ -7,6 +7,7 @@ bracketed from an estimate and halved in ratio to ``--precision``; a simulation 
 keep the SLOs at a higher rate than the best before it has no goodput in its row.
 
 Rows are appended one by one: started again with the same ``--json`` it goes on where it stopped.
+``--at RATE ...`` searches nothing: it tells how many requests are within their SLOs at these rates.
 ``--plot FILE`` draws what the JSON holds, ``--pools FILE`` the pools over time on the first
 workload, at the highest rate at which the last of ``--pool-arms`` keeps the SLOs.
 """
@@ -113,10 +114,12 @@ def guess(config: SimulationConfig, stream: RequestStream) -> float:
     return 0.9 * stream.rate * WORKERS / (p + d)
 
 
-def attempt(config: SimulationConfig, stream: RequestStream, rate: float) -> dict[str, Any]:
+def attempt(
+    config: SimulationConfig, stream: RequestStream, rate: float, give_up_below: float = SHARE
+) -> dict[str, Any]:
     """One simulation at a rate."""
     scaled = stream.scaled(stream.rate / rate)
-    result = RolesSimulation(config, scaled, give_up_below=SHARE).run()
+    result = RolesSimulation(config, scaled, give_up_below=give_up_below).run()
     first, each = result.meets_slo()
     return {
         "rate": round(rate, 4),
@@ -201,6 +204,7 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--requests", type=int, default=5000, help="most of each workload")
     parser.add_argument("--precision", type=float, default=0.03, help="of the rate, as a ratio")
+    parser.add_argument("--at", type=float, nargs="+", metavar="RATE", help="do not search")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
@@ -232,7 +236,11 @@ def main() -> int:
             (r["goodput"] or 0.0 for r in rows if r["workload"] == name and is_static(r["arm"])),
             default=0.0,
         )
-        found = search(config, stream, args.precision, beat if is_static(arm) else 0.0)
+        if args.at:
+            points = [attempt(config, stream, rate, give_up_below=0.0) for rate in args.at]
+            found = {"goodput": None, "points": points}
+        else:
+            found = search(config, stream, args.precision, beat if is_static(arm) else 0.0)
         rows.append({"workload": name, "requests": len(stream), "arm": arm, **found})
         document = {
             "settings": {
