@@ -288,7 +288,7 @@ class SourceMigration:
         self._host.stop(self.req)
         self._stopped = True
         self._enter(SourceState.STOPPING, now)
-        if self._limits.live_copy:
+        if self._chunk_in_flight:
             longest = min(self._limits.stopped_s, self._limits.timeout_s)
             self.record.extend_deadline(now, longest)
 
