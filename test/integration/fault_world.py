@@ -133,6 +133,22 @@ class FaultWorld:
             assert time.monotonic() < deadline, f"not ready after {timeout_s} s: {workers}"
             await asyncio.sleep(0.1)
 
+    async def noticed(
+        self, client: httpx.AsyncClient, worker: dict[str, Any], timeout_s: float = 30
+    ) -> None:
+        """Wait until the cluster knows of the death of ``worker`` (as it was): until then a hung
+        worker is still called ready, and would be lost in the middle of the next test."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            workers = (await client.get("/ares/status", timeout=30)).json()["workers"]
+            if not any(
+                w["id"] == worker["id"] and w["state"] == "ready" and w["pids"] == worker["pids"]
+                for w in workers
+            ):
+                return
+            assert time.monotonic() < deadline, f"the death of {worker} was not noticed"
+            await asyncio.sleep(0.1)
+
     async def worker_of(self, client: httpx.AsyncClient, rid: str) -> int:
         """The decode worker that owns the request."""
         for _ in range(400):

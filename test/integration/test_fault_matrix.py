@@ -110,6 +110,7 @@ def test_death(world: FaultWorld, state: str, victim: str, sig: signal.Signals) 
             _, tasks, cast = await moving_request(world, client, state)
             kill(cast[victim], sig)
             await finish(world, client, tasks)
+            await world.noticed(client, cast[victim])
 
     asyncio.run(cell())
 
