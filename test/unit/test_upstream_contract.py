@@ -271,7 +271,14 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "migration_host.py"),
     ("mem_cache.allocator.base", "BaseTokenToKVPoolAllocator.available_size", (),
      "worker_agent.py"),
-    ("mem_cache.allocator", "PagedTokenToKVPoolAllocator", (), "platforms/cpu.py"),
+    ("mem_cache.allocator", "PagedTokenToKVPoolAllocator", (), "paged_allocator.py"),
+    ("mem_cache.allocator", "PagedTokenToKVPoolAllocator.merge_and_sort_free", (),
+     "paged_allocator.py"),
+    ("mem_cache.allocator", "alloc_extend_naive",
+     ("prefix_lens", "seq_lens", "last_loc", "free_pages", "out_indices", "page_size", "device"),
+     "paged_allocator.py"),
+    ("utils", "get_num_new_pages", ("seq_lens", "page_size", "prefix_lens"),
+     "paged_allocator.py"),
     ("mem_cache.memory_pool", "MHATokenToKVPool", (), "platforms/cpu.py"),
     ("mem_cache.base_prefix_cache", "BasePrefixCache.evictable_size", (), "worker_agent.py"),
     ("mem_cache.base_prefix_cache", "BasePrefixCache.protected_size", (), "worker_agent.py"),
@@ -450,6 +457,11 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "__init__", "_enum", "get_default_attention_backend", "is_pin_memory_available",
             "get_mha_kv_pool_cls", "get_paged_allocator_cls",
         ),
+    ),
+    "CpuPagedAllocator": (
+        "sglang_ares.srt.platforms.paged_allocator",
+        "sglang.srt.mem_cache.allocator.PagedTokenToKVPoolAllocator",
+        ("alloc_extend", "alloc_decode"),
     ),
 }  # fmt: skip
 

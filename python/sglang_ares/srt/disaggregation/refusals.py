@@ -56,13 +56,6 @@ CLUSTER: tuple[Refusal, ...] = (
         lambda a: a.nnodes > 1,
     ),
     Refusal(
-        "page_size_on_cpu",
-        "--page-size > 1 on a CPU",
-        "Upstream allocates pages with a kernel that needs an accelerator.",
-        "Drop the flag.",
-        lambda a: a.device == "cpu" and (a.page_size or 1) > 1,
-    ),
-    Refusal(
         "speculative",
         "--speculative-algorithm",
         "The draft model's state does not move yet.",

@@ -37,6 +37,9 @@ CPU_DEFAULTS: dict[str, Any] = {
     # together take it from each other; the pool's size is set by max_total_tokens anyway.
     "mem_fraction_static": 0.9,
     "max_total_tokens": CPU_MAX_TOTAL_TOKENS,
+    # A copy sends each page in one piece per layer; with pages of one token, requests that decode
+    # together would lie in memory token by token in turn.
+    "page_size": 16,
     "disable_overlap_schedule": True,
     "sleep_on_idle": True,
     "disaggregation_decode_retraction_backup": "cpu_tensor",
@@ -188,9 +191,9 @@ def _platform_class() -> type:
             return MHATokenToKVPool
 
         def get_paged_allocator_cls(self) -> type:
-            from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+            from sglang_ares.srt.platforms.paged_allocator import CpuPagedAllocator
 
-            return PagedTokenToKVPoolAllocator
+            return CpuPagedAllocator
 
     AresCpuPlatform.__module__ = __name__
     AresCpuPlatform.__qualname__ = "AresCpuPlatform"
