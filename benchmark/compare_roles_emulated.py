@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -95,8 +96,9 @@ def plot(path: Path, stream: RequestStream, measured: dict[str, dict[str, Any]])
         top.plot(edges[:-1], load / 5.0, label=label, color=colour)
     top.set_ylabel("offered tokens/s")
     top.legend(frameon=False, fontsize=9)
-    for (arm, figures), colour in zip(
-        measured.items(), ("#888888", "#E69F00", "#009E73"), strict=False
+    # Where arms have the same pools the later line lies upon the wider, earlier one.
+    for (arm, figures), colour, width in zip(
+        measured.items(), ("#888888", "#E69F00", "#009E73"), (5.0, 2.5, 1.5), strict=False
     ):
         pools = figures["pools"]
         bottom.step(
@@ -105,7 +107,9 @@ def plot(path: Path, stream: RequestStream, measured: dict[str, dict[str, Any]])
             where="post",
             label=f"{arm}: {figures['attainment']:.0%} within SLOs",
             color=colour,
+            linewidth=width,
         )
+    bottom.yaxis.set_major_locator(MaxNLocator(integer=True))
     bottom.set_ylabel("prefill workers")
     bottom.set_xlabel("emulated seconds")
     bottom.legend(frameon=False, fontsize=9)
