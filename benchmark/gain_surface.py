@@ -34,8 +34,11 @@ OUTPUT_MEAN = 2000.0
 LONGEST = CAP_TOKENS
 # A cell warms up for so many mean lifetimes of a request, and then counts requests for so many at
 # least, and longer if that are fewer than COUNTED: of a thousand requests, ten decide whether 99 %
-# meet their SLOs, and these ten are luck. More workers see enough requests in less time.
-LIFETIMES: dict[int, tuple[int, int]] = {8: (4, 10), 64: (2, 4)}
+# meet their SLOs, and these ten are luck.
+LIFETIMES = (4, 10)
+# Many workers see enough requests in less time, where none lives much longer than the mean.
+FEW_LIFETIMES = (2, 4)
+MANY_WORKERS, EVEN_CV = 64, 1.0
 COUNTED = 4000
 
 
@@ -58,7 +61,8 @@ def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, Reque
     drawn = partial(lognormal, output_mean=OUTPUT_MEAN, output_cv=cell.cv, cap=LONGEST)
     base = load_profile(args.profile)
     load = mean_load(drawn(rate=100.0, duration_s=1000.0, seed=99), cell.concurrency, base)
-    warm_up, least = LIFETIMES[max(w for w in LIFETIMES if w <= max(8, cell.workers))]
+    few = cell.workers >= MANY_WORKERS and cell.cv <= EVEN_CV
+    warm_up, least = FEW_LIFETIMES if few else LIFETIMES
     lifetimes = warm_up + max(least, COUNTED / (cell.workers * cell.concurrency))
     config = cluster_under(
         load,
@@ -130,7 +134,7 @@ def main() -> int:
 
     settings = {name: getattr(args, name) for name in ("profile", "kv", "precision", "seed")} | {
         "output_mean": OUTPUT_MEAN,
-        "lifetimes": LIFETIMES,
+        "lifetimes": {"many workers, cv <= 1": FEW_LIFETIMES, "else": LIFETIMES},
         "counted": COUNTED,
     }
     bar = tqdm(total=sum(len(arms) for _, arms, _ in todo), unit="arm")

@@ -2,15 +2,18 @@
 --json FILE``.
 
 As ``gain_surface.py``, with the lengths and arrivals of traces (docs/simulator.md says where they
-come from) scaled to the rate that fills the workers to ``--concurrency`` on average. Started again
-with the same ``--json`` it goes on where it stopped; in the end it prints a table.
+come from) scaled to the rate that fills the workers to ``--concurrency`` on average. A seed decides
+what is sampled or jittered, and the predictions' errors. Started again with the same ``--json`` it
+goes on where it stopped; in the end it prints a table of means over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
@@ -30,20 +33,20 @@ PREFILL_SHARE = {"mooncake": 2.0}
 TTFT_SLO_MS = {"mooncake": 20_000.0}
 
 
-def scene(path: str, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
+def scene(path: str, seed: int, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
     """Cluster and requests of one trace."""
     base = load_profile(args.profile)
     probe = load_workload(path, seed=99, rate=10.0, duration_s=1000.0)
     load = mean_load(probe, args.concurrency, base)
     stream = load_workload(
         path,
-        seed=args.seed,
+        seed=seed,
         rate=args.workers * load.rate,
         duration_s=max(LEAST_S, LIFETIMES * load.lifetime_s),
     )
     settings: dict[str, object] = {
         "warmup_s": max(LEAST_WARM_UP_S, WARM_UP * load.lifetime_s),
-        "seed": args.seed,
+        "seed": seed,
     }
     if probe.name in PREFILL_SHARE:
         settings["prefill_workers"] = round(args.workers * PREFILL_SHARE[probe.name])
@@ -55,20 +58,21 @@ def scene(path: str, args: argparse.Namespace) -> tuple[SimulationConfig, Reques
 
 
 def table(rows: list[Row]) -> Table:
-    """A line per trace and arm."""
+    """A line per trace and arm: means over the seeds."""
     shown = Table(title="relative to static round robin")
     for column in ("trace", "arm"):
         shown.add_column(column)
     for column in ("goodput 90 %", "goodput 99 %", "P99 TPOT", "moves", "retractions"):
         shown.add_column(column, justify="right")
-    for row in rows:
-        base = next(r for r in rows if r["trace"] == row["trace"] and r["arm"] == "round_robin")
+    for trace, arm in dict.fromkeys((r["trace"], r["arm"]) for r in rows):
+        own = {r["seed"]: r for r in rows if (r["trace"], r["arm"]) == (trace, arm)}
+        base = {r["seed"]: r for r in rows if (r["trace"], r["arm"]) == (trace, "round_robin")}
         ratios = (
-            f"{row[name] / base[name]:.2f}" if base[name] else "-"
+            f"{mean(own[seed][name] / base[seed][name] for seed in own):.3f}"
             for name in ("goodput_90", "goodput_99", "tpot_p99_ms")
         )
-        counts = (str(row[name]) for name in ("migrations", "retractions"))
-        shown.add_row(row["trace"], row["arm"], *ratios, *counts)
+        counts = (f"{mean(r[n] for r in own.values()):.1f}" for n in ("migrations", "retractions"))
+        shown.add_row(trace, arm, *ratios, *counts)
     return shown
 
 
@@ -84,21 +88,22 @@ def main() -> int:
     parser.add_argument("--profile", default="h200-llama2-7b")
     parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
     parser.add_argument("--precision", type=float, default=0.03)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    names = ("profile", "kv", "precision", "seed", "workers", "concurrency")
+    names = ("profile", "kv", "precision", "seeds", "workers", "concurrency")
     settings = {name: getattr(args, name) for name in names}
     rows = read_rows(args.json)
-    bar = tqdm(total=len(args.traces) * len(args.arms), unit="arm")
-    for path in args.traces:
-        config, stream = scene(path, args)
-        here = [r for r in rows if r["trace"] == stream.name]
+    bar = tqdm(total=len(args.traces) * len(args.seeds) * len(args.arms), unit="arm")
+    for path, seed in itertools.product(args.traces, args.seeds):
+        config, stream = scene(path, seed, args)
+        here = [r for r in rows if (r["trace"], r["seed"]) == (stream.name, seed)]
         near = here[-1] if here else None
         for arm in args.arms:
             if not any(r["arm"] == arm for r in here):
                 near = measure(config, stream, arm, precision=args.precision, near=near)
-                rows.append({"trace": stream.name, "origin": stream.origin} | near)
+                of = {"trace": stream.name, "origin": stream.origin, "seed": seed}
+                rows.append(of | near)
                 write_rows(args.json, settings, rows)
             bar.update()
     bar.close()

@@ -36,7 +36,7 @@ def test_hosts_have_settings_of_their_own(own: dict[str, Any]) -> None:
     "given,told",
     [
         ({"dtype": "bfloat16"}, "--dtype is 'bfloat16' there and 'float32' in the cluster"),
-        ({"page_size": 16}, "--page-size is 16 there and the default in the cluster"),
+        ({"page_size": 32}, "--page-size is 32 there and 16 in the cluster"),
         ({"tp_size": 2}, "--tp-size is 2 there"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype"),
         ({"disaggregation_transfer_backend": "mooncake"}, "--disaggregation-transfer-backend"),
