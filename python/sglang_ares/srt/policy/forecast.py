@@ -78,9 +78,8 @@ def forecast(cluster: Snapshot, horizon_scale: float, delay_steps: float) -> For
     unlisted = (
         workers.running + workers.queued - np.bincount(requests.worker, minlength=len(workers))
     )
-    # Tokens that wait for memory slow no step; of a queued request that is listed they are taken
-    # off again.
-    unlisted_tokens = workers.kv_tokens - np.bincount(
+    # Tokens that wait for memory count with what is resident: what leaves lets them in.
+    unlisted_tokens = workers.load_tokens - np.bincount(
         requests.worker, requests.tokens, len(workers)
     )
     return Forecast(

@@ -7,10 +7,10 @@ worth what this cost falls by at its source, less what it rises by at its target
 the copy is over; it is made if that exceeds what the move itself costs. As every move lowers the
 cost of the whole cluster by at least that, no request is sent back and forth.
 
-Where memory is nearly full everywhere, requests miss their SLO in front of it, waiting to be let
-in, and not by slow steps. Balance then does harm: it takes the room that would have let the next
-ones in, for the sake of those that wait already. So a move leaves its target with room for
-arrivals, and requests that wait for memory do not count as load.
+Where memory is nearly full, requests miss their SLO in front of it, waiting to be let in, and not
+by slow steps. What they wait for counts as load, so that moves let them in; but where all is nearly
+full, that takes the room of the next ones, for the sake of those that are late already. So a move
+leaves its target with room for arrivals.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TARGETS = 4
 _BATCH = 0.5
 # Share of its KV memory that a move leaves to a target, beyond what admission reserves there, for
 # requests that arrive.
-_FOR_ARRIVALS = 0.1
+_FOR_ARRIVALS = 0.2
 
 
 @RESCHEDULING.register("ares")
