@@ -40,7 +40,7 @@ _TARGETS = 4
 _BATCH = 0.5
 # Share of its KV memory that a move leaves to a target, beyond what admission reserves there, for
 # requests that arrive.
-_FOR_ARRIVALS = 0.2
+_FOR_ARRIVALS = 0.1
 
 
 @RESCHEDULING.register("ares")
