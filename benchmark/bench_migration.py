@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from migration_load import Client, Stream, running_server
 from sglang_ares.bench.pauses import (
+    Landing,
     Move,
     PauseSummary,
     as_document,
@@ -43,6 +44,7 @@ COMMON_FLAGS = (
     "--incremental-streaming-output",
 )
 COPY_STARTS_WITHIN_S = 0.3
+LANDS_WITHIN_S = 10.0
 BACKGROUND_TOKENS = 64
 
 
@@ -120,7 +122,7 @@ class PauseRun:
             answers.append((answer, 1e3 * percentile(around, 50)))
             here = target
             self._bar.update()
-        landings = [x for x in parse_landings(self._log.read_text()) if x.rid == mover.rid]
+        landings = await self._landings(mover.rid, len(answers))
         for landing, (answer, step_ms) in zip(landings, answers, strict=True):
             self.moves.append(
                 Move(
@@ -134,6 +136,15 @@ class PauseRun:
                     tokens_saved=answer["tokens_saved"],
                 )
             )
+
+    async def _landings(self, rid: str, count: int) -> list[Landing]:
+        """The pauses that the server has logged, once it has: at the first token on the target."""
+        deadline = asyncio.get_running_loop().time() + LANDS_WITHIN_S
+        while True:
+            landings = [x for x in parse_landings(self._log.read_text()) if x.rid == rid]
+            if len(landings) >= count or asyncio.get_running_loop().time() > deadline:
+                return landings
+            await asyncio.sleep(0.1)
 
 
 def measure_pauses(options: argparse.Namespace, build: Path) -> list[PauseRun]:
