@@ -102,6 +102,7 @@ class PauseRun:
     ) -> None:
         here = await client.where(mover)
         answers = []
+        landed_at = asyncio.get_running_loop().time()
         for _ in range(self._options.moves):
             await asyncio.sleep(self._options.rest)
             sent_at = asyncio.get_running_loop().time()
@@ -114,13 +115,15 @@ class PauseRun:
                 continue
             stopped_at, _ = longest_gap(mover.times, sent_at, ended_at + 0.1)
             window = max(stopped_at - sent_at, 0.0)
-            rest = max(window, COPY_STARTS_WITHIN_S)
+            # Not from before the last move: the source was without the mover then.
+            rest = min(max(window, COPY_STARTS_WITHIN_S), sent_at - landed_at)
             for other in others[here]:
                 self.during[length] += gaps_ending_within(other.times, sent_at, stopped_at)
                 self.before[length] += gaps_ending_within(other.times, sent_at - rest, sent_at)
             around = gaps_ending_within(mover.times, sent_at - 1, sent_at)
             answers.append((answer, 1e3 * percentile(around, 50)))
             here = target
+            landed_at = asyncio.get_running_loop().time()
             self._bar.update()
         landings = await self._landings(mover.rid, len(answers))
         for landing, (answer, step_ms) in zip(landings, answers, strict=True):
