@@ -69,6 +69,8 @@ def table(rows: list[Row]) -> Table:
         base = {r["seed"]: r for r in rows if (r["trace"], r["arm"]) == (trace, "round_robin")}
         ratios = (
             f"{mean(own[seed][name] / base[seed][name] for seed in own):.3f}"
+            if all(base[seed][name] for seed in own)
+            else "-"
             for name in ("goodput_90", "goodput_99", "tpot_p99_ms")
         )
         counts = (f"{mean(r[n] for r in own.values()):.1f}" for n in ("migrations", "retractions"))
