@@ -3,15 +3,16 @@
 Simulated, with the policies the controller runs. A cell is a mean concurrency per decode worker, a
 coefficient of variation of output lengths, and a number of workers; its KV memory is ``--kv`` times
 what a worker holds and has reserved on average, so that memory runs short where load is uneven.
-Every arm gets the same requests. Per arm: P99 TPOT at the cell's own rate, and goodput at 90 % and
-99 % attainment, on a lattice of rates that all arms share (neighbours differ by ``--precision``).
-Results are written as they come; started again with the same ``--json`` it goes on where it
-stopped.
+Every arm gets the same requests, drawn anew for each seed. Per arm: P99 TPOT at the cell's own
+rate, and goodput at 90 % and 99 % attainment, on a lattice of rates that all arms share (neighbours
+differ by ``--precision``). Results are written as they come; started again with the same ``--json``
+it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 from collections.abc import Iterable
@@ -44,16 +45,23 @@ COUNTED = 4000
 
 @dataclass(frozen=True)
 class Cell:
-    """``concurrency``: mean number of requests per decode worker; ``cv``: of output lengths."""
+    """``concurrency``: mean number of requests per decode worker; ``cv``: of output lengths;
+    ``seed``: of the requests and of the predictions' errors."""
 
     concurrency: int
     cv: float
     workers: int
+    seed: int
 
     @property
     def key(self) -> Row:
         """What its rows have in common."""
-        return {"workers": self.workers, "concurrency": self.concurrency, "cv": self.cv}
+        return {
+            "workers": self.workers,
+            "concurrency": self.concurrency,
+            "cv": self.cv,
+            "seed": self.seed,
+        }
 
 
 def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
@@ -71,31 +79,27 @@ def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, Reque
         kv=args.kv,
         longest=LONGEST,
         warmup_s=warm_up * load.lifetime_s,
-        seed=args.seed,
+        seed=cell.seed,
     )
     stream = drawn(
-        rate=cell.workers * load.rate, duration_s=lifetimes * load.lifetime_s, seed=args.seed
+        rate=cell.workers * load.rate, duration_s=lifetimes * load.lifetime_s, seed=cell.seed
     )
     return config, stream
 
 
-def run_cell(cell: Cell, arms: list[str], args: argparse.Namespace, near: Row | None) -> list[Row]:
-    """Some arms of a cell, one after the other; ``near``: a row of another arm, if there is one."""
+def run_cell(cell: Cell, arm: str, args: argparse.Namespace, near: Row | None) -> Row:
+    """One arm of a cell; ``near``: a row to look for the goodput from, if there is one."""
     config, stream = scene(cell, args)
     cv = float(stream.output_tokens.std() / stream.output_tokens.mean())
-    new: list[Row] = []
-    for arm in arms:
-        near = measure(config, stream, arm, precision=args.precision, near=near)
-        new.append(cell.key | {"cv_drawn": round(cv, 3)} | near)
-    return new
+    row = measure(config, stream, arm, precision=args.precision, near=near)
+    return cell.key | {"cv_drawn": round(cv, 3)} | row
 
 
 def cells(args: argparse.Namespace) -> Iterable[Cell]:
-    """The grid, in the order of the arguments."""
-    for workers in args.workers:
-        for cv in args.cv:
-            for concurrency in args.concurrency:
-                yield Cell(concurrency, cv, workers)
+    """The grid, in the order of the arguments, seed by seed."""
+    grid = itertools.product(args.seeds, args.workers, args.cv, args.concurrency)
+    for seed, workers, cv, concurrency in grid:
+        yield Cell(concurrency, cv, workers, seed)
 
 
 def main() -> int:
@@ -112,46 +116,47 @@ def main() -> int:
     parser.add_argument(
         "--precision", type=float, default=0.03, help="of the goodput: ratio of rates, less 1"
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     rows = read_rows(args.json)
-    todo: list[tuple[Cell, list[str], Row | None]] = []
-    for cell in cells(args):
-        here = [r for r in rows if cell.key.items() <= r.items()]
-        arms = [arm for arm in args.arms if all(r["arm"] != arm for r in here)]
-        if arms:
-            todo.append((cell, arms, here[-1] if here else None))
+    names = ("workers", "concurrency", "cv", "seed", "arm")
+    done = {tuple(row[name] for name in names) for row in rows}
+    todo = [
+        (cell, arm)
+        for cell, arm in itertools.product(cells(args), args.arms)
+        if (*cell.key.values(), arm) not in done
+    ]
 
     def like(cell: Cell, arm: str) -> Row | None:
-        """A row from which to look for this arm's goodput: its own with another number of workers,
-        else the last one of the cell, else its own with another spread of lengths."""
+        """A row from which to look for this arm's goodput: its own with another seed or number of
+        workers, else the last one of the cell, else its own with another spread of lengths."""
         own = [r for r in rows if (r["arm"], r["concurrency"]) == (arm, cell.concurrency)]
         same = [r for r in own if r["cv"] == cell.cv]
+        anew = [r for r in same if r["workers"] == cell.workers]
         here = [r for r in rows if cell.key.items() <= r.items()]
-        return next((found[-1] for found in (same, here, own) if found), None)
+        return next((found[-1] for found in (anew, same, here, own) if found), None)
 
-    settings = {name: getattr(args, name) for name in ("profile", "kv", "precision", "seed")} | {
+    settings = {name: getattr(args, name) for name in ("profile", "kv", "precision")} | {
         "output_mean": OUTPUT_MEAN,
         "lifetimes": {"many workers, cv <= 1": FEW_LIFETIMES, "else": LIFETIMES},
         "counted": COUNTED,
     }
-    bar = tqdm(total=sum(len(arms) for _, arms, _ in todo), unit="arm")
+    bar = tqdm(total=len(todo), unit="arm")
 
-    def keep(new: list[Row]) -> None:
-        rows.extend(new)
+    def keep(new: Row) -> None:
+        rows.append(new)
         write_rows(args.json, settings, rows)
-        bar.update(len(new))
+        bar.update()
 
     if args.processes == 1:
-        for cell, arms, _ in todo:
-            for arm in arms:
-                keep(run_cell(cell, [arm], args, like(cell, arm)))
+        for cell, arm in todo:
+            keep(run_cell(cell, arm, args, like(cell, arm)))
         return 0
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        running = [pool.submit(run_cell, cell, arms, args, near) for cell, arms, near in todo]
+        running = [pool.submit(run_cell, cell, arm, args, like(cell, arm)) for cell, arm in todo]
         for future in as_completed(running):
             keep(future.result())
     return 0
