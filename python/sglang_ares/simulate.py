@@ -52,6 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     load.add_argument("--duration", type=float, metavar="S", help="seconds in which requests come")
     load.add_argument("--rate", type=float, metavar="R", help="requests per second")
     load.add_argument("--start", type=float, default=0.0, metavar="S", help="where a trace begins")
+    load.add_argument("--prompt-mean", type=float, help="of lognormal: mean prompt tokens")
     load.add_argument("--output-mean", type=float, help="of lognormal: mean output tokens")
     load.add_argument("--output-cv", type=float, help="of lognormal: their variation coefficient")
     load.add_argument("--warmup", type=float, default=0.0, metavar="S", help="left out of figures")
@@ -139,10 +140,12 @@ def configuration(args: argparse.Namespace) -> SimulationConfig:
 
 def workload(args: argparse.Namespace) -> RequestStream:
     """The requests the command line asks for."""
-    named = {"output_mean": args.output_mean, "output_cv": args.output_cv}
-    parameters = {name: value for name, value in named.items() if value is not None}
+    names = ("prompt_mean", "output_mean", "output_cv")
+    parameters = {name: value for name in names if (value := getattr(args, name)) is not None}
     if parameters and args.workload != "lognormal":
-        raise WorkloadError("--output-mean and --output-cv are of --workload lognormal")
+        raise WorkloadError(
+            "--prompt-mean, --output-mean and --output-cv are of --workload lognormal"
+        )
     built_in = args.workload in BUILT_IN
     return load_workload(
         args.workload,

@@ -329,5 +329,6 @@ def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> 
     assert "neither a file nor one of: reasoning" in capsys.readouterr().err
     assert simulate.main(["--profile", "nothing"]) == 2
     assert "there is no profile 'nothing'" in capsys.readouterr().err
-    assert simulate.main(["--output-cv", "2"]) == 2
-    assert "--workload lognormal" in capsys.readouterr().err
+    for flag in ("--prompt-mean", "--output-mean", "--output-cv"):
+        assert simulate.main([flag, "2"]) == 2
+        assert "--workload lognormal" in capsys.readouterr().err
