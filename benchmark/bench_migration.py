@@ -3,8 +3,11 @@
 Pause: a request of each context length is moved to and fro between two decode workers that decode
 others meanwhile; once with live copy and once stopped first, on clusters that take turns
 (A B B A …). The prefix cache is off, so that every move sends everything. Steps: the gaps between
-tokens of requests that stay on the source, during the copy and just before it. Prefix reuse: one
-move each of requests whose prompts share a part with prompts that the target has seen.
+tokens of requests that stay on the source, from the command to the moved request's last token
+there; after each live copy, for as many steps, while nothing happens, and after a command to move
+the request to where it is, which is refused: that is what the command alone costs, which a
+controller that moves by itself does not need. Prefix reuse: one move each of requests whose prompts
+share a part with prompts that the target has seen.
 """
 
 from __future__ import annotations
@@ -43,8 +46,9 @@ COMMON_FLAGS = (
     "--ares-migration-memory-share=0.9",
     "--incremental-streaming-output",
 )
-COPY_STARTS_WITHIN_S = 0.3
 LANDS_WITHIN_S = 10.0
+# What happens while the others' steps are looked at.
+NOTHING, COMMAND, COPY = "nothing", "a refused command", "a copy"
 BACKGROUND_TOKENS = 64
 
 
@@ -62,9 +66,10 @@ class PauseRun:
         self._log = log
         self._bar = bar
         self.moves: list[Move] = []
-        # Gaps (s) between tokens of others on the source, by length: during copies, just before.
-        self.during: dict[int, list[float]] = defaultdict(list)
-        self.before: dict[int, list[float]] = defaultdict(list)
+        # Gaps (s) between tokens of others on the source, by what happened and by length.
+        self.gaps: dict[str, dict[int, list[float]]] = {
+            what: defaultdict(list) for what in (NOTHING, COMMAND, COPY)
+        }
 
     async def run(self, url: str, round_number: int) -> None:
         """Move requests of every length."""
@@ -102,7 +107,6 @@ class PauseRun:
     ) -> None:
         here = await client.where(mover)
         answers = []
-        landed_at = asyncio.get_running_loop().time()
         for _ in range(self._options.moves):
             await asyncio.sleep(self._options.rest)
             sent_at = asyncio.get_running_loop().time()
@@ -114,16 +118,13 @@ class PauseRun:
                 self._bar.write(f"{mover.rid}: {answer}")
                 continue
             stopped_at, _ = longest_gap(mover.times, sent_at, ended_at + 0.1)
-            window = max(stopped_at - sent_at, 0.0)
-            # Not from before the last move: the source was without the mover then.
-            rest = min(max(window, COPY_STARTS_WITHIN_S), sent_at - landed_at)
-            for other in others[here]:
-                self.during[length] += gaps_ending_within(other.times, sent_at, stopped_at)
-                self.before[length] += gaps_ending_within(other.times, sent_at - rest, sent_at)
+            self._note(COPY, length, others[here], sent_at, stopped_at)
             around = gaps_ending_within(mover.times, sent_at - 1, sent_at)
             answers.append((answer, 1e3 * percentile(around, 50)))
             here = target
-            landed_at = asyncio.get_running_loop().time()
+            if self._arm == LIVE:
+                steps = sum(sent_at < t <= stopped_at for t in mover.times)
+                await self._without_copy(client, mover, here, others[here], length, steps)
             self._bar.update()
         landings = await self._landings(mover.rid, len(answers))
         for landing, (answer, step_ms) in zip(landings, answers, strict=True):
@@ -139,6 +140,34 @@ class PauseRun:
                     tokens_saved=answer["tokens_saved"],
                 )
             )
+
+    async def _without_copy(
+        self,
+        client: Client,
+        mover: Stream,
+        here: int,
+        others: list[Stream],
+        length: int,
+        steps: int,
+    ) -> None:
+        """Look at the others' steps until ``mover`` has made as many as during its copy (a window
+        that ends with a step favours long steps, so all must), twice: as they are, and after a
+        command that is refused."""
+        for what in (NOTHING, COMMAND):
+            await asyncio.sleep(self._options.rest)
+            began, made = asyncio.get_running_loop().time(), len(mover.times)
+            if what == COMMAND:
+                answer = await client.move(mover, here)
+                if answer["outcome"] != "refused":
+                    raise SystemExit(f"a move to where the request is was not refused: {answer}")
+            while len(mover.times) < made + steps:
+                await asyncio.sleep(0.1)
+            if steps:
+                self._note(what, length, others, began, mover.times[made + steps - 1])
+
+    def _note(self, what: str, length: int, others: list[Stream], start: float, end: float) -> None:
+        for other in others:
+            self.gaps[what][length] += gaps_ending_within(other.times, start, end)
 
     async def _landings(self, rid: str, count: int) -> list[Landing]:
         """The pauses that the server has logged, once it has: at the first token on the target."""
@@ -206,21 +235,30 @@ def by_arm_and_length(runs: list[PauseRun]) -> dict[str, dict[int, PauseSummary]
 
 
 def step_ratios(runs: list[PauseRun], lengths: list[int]) -> dict[str, dict[str, Any]]:
-    """Others' mean step during live copies over just before, by length and over all."""
+    """Others' mean step by context length and over all: during live copies over those while nothing
+    happened, and what of it is the command's and what the copy's."""
     live = [run for run in runs if run._arm == LIVE]
     rows: dict[str, dict[str, Any]] = {}
     for name, chosen in [*((str(n), [n]) for n in lengths), ("all", lengths)]:
-        during = [[g for run in live for g in run.during[n]] for n in chosen]
-        before = [[g for run in live for g in run.before[n]] for n in chosen]
-        ratio = step_ratio(during, before)
-        rows[name] = {
-            "ratio": round(ratio.ratio, 3),
-            "interval_95": [round(ratio.low, 3), round(ratio.high, 3)],
-            "gaps_during": sum(map(len, during)),
-            "gaps_before": sum(map(len, before)),
+        gaps = {
+            what: [[g for run in live for g in run.gaps[what][n]] for n in chosen]
+            for what in (NOTHING, COMMAND, COPY)
         }
+        row: dict[str, Any] = {}
+        for title, what, base in (
+            ("copy and command over nothing", COPY, NOTHING),
+            ("command over nothing", COMMAND, NOTHING),
+            ("copy and command over command", COPY, COMMAND),
+        ):
+            ratio = step_ratio(gaps[what], gaps[base])
+            row[title] = {
+                "ratio": round(ratio.ratio, 3),
+                "interval_95": [round(ratio.low, 3), round(ratio.high, 3)],
+            }
+        row["gaps"] = {what: sum(map(len, found)) for what, found in gaps.items()}
         if len(chosen) == 1:
-            rows[name]["median_before_ms"] = round(1e3 * percentile(before[0], 50), 2)
+            row["median_step_ms"] = round(1e3 * percentile(gaps[NOTHING][0], 50), 2)
+        rows[name] = row
     return rows
 
 
@@ -235,11 +273,12 @@ def report(document: dict[str, Any], arms: dict[str, dict[int, PauseSummary]]) -
                 f"  {'within' if s.within_target else 'beyond'} the target"
             )
     for name, row in document.get("others_steps_during_live_copy", {}).items():
-        print(
-            f"others' steps during a copy, {name:>6s}: × {row['ratio']}"
-            f" (95 %: {row['interval_95'][0]} to {row['interval_95'][1]};"
-            f" {row['gaps_during']} gaps)"
-        )
+        shown = [
+            f"{title} × {found['ratio']} ({found['interval_95'][0]} … {found['interval_95'][1]})"
+            for title, found in row.items()
+            if isinstance(found, dict) and "ratio" in found
+        ]
+        print(f"others' steps, {name:>6s}: {'; '.join(shown)}")
     for share, row in document.get("prefix_reuse", {}).items():
         print(
             f"{share:>3}% shared: {row['tokens_sent']:.0f} of {row['tokens']:.0f} tokens sent,"

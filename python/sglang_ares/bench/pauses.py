@@ -109,7 +109,7 @@ def longest_gap(times: Sequence[float], start: float, end: float) -> tuple[float
 
 @dataclass(frozen=True)
 class StepRatio:
-    """Mean step during copies over the mean just before, with the 95 % bootstrap interval."""
+    """Mean step while something happens over the mean without, with the 95 % bootstrap interval."""
 
     ratio: float
     low: float
@@ -117,15 +117,15 @@ class StepRatio:
 
 
 def step_ratio(
-    during: Sequence[Sequence[float]], before: Sequence[Sequence[float]], seed: int = 0
+    during: Sequence[Sequence[float]], without: Sequence[Sequence[float]], seed: int = 0
 ) -> StepRatio:
-    """Over several loads: ``during[i]`` and ``before[i]`` are the gaps (seconds) under load i. Each
-    gap counts relative to its own load's mean before, so that loads with slower steps do not weigh
-    more, nor do those with more copies look slower. Gaps are resampled as if independent. NaN
-    without gaps."""
+    """Over several loads: ``during[i]`` and ``without[i]`` are the gaps (seconds) under load i.
+    Each gap counts relative to its own load's mean without, so that loads with slower steps do not
+    weigh more, nor do those with more copies look slower. Gaps are resampled as if independent.
+    NaN without gaps."""
     pairs = [
         (np.asarray(d), np.asarray(b))
-        for d, b in zip(during, before, strict=True)
+        for d, b in zip(during, without, strict=True)
         if len(d) and len(b)
     ]
     if not pairs:
