@@ -26,6 +26,8 @@ from sglang_ares.srt.security.curve import CurveKeys
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 SAMPLING = {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}
+# A worker timeout of 5 s, the lease with its two beats, and a prefill on busy cores.
+LEASE_OVER_S = 20
 BODIES = {f"r-{i}": {"text": f"walk {i + 3}\n", "sampling_params": SAMPLING} for i in range(6)}
 
 
@@ -208,6 +210,27 @@ def test_a_worker_whose_host_process_is_stopped_ends_by_itself(
     assert again["id"] == worker["id"]
 
 
+def test_a_host_whose_cable_is_pulled_comes_back(
+    world: RemoteWorld, decode_host: JoinedHost
+) -> None:
+    """Neither side hears of the other: the lease ends the worker before its requests go on."""
+    if not world.net.separate:
+        pytest.skip("pulling a cable takes network namespaces, which need root and `ip netns`")
+    worker = world.worker_of(decode_host)
+    try:
+        # They still run when the lease is over.
+        pause_s = outlive(
+            world, worker["id"], "cut", lambda: world.net.plug(1, "down"), tokens=1500
+        )
+        states = [_state(pid) for pid in worker["pids"]]
+        assert set(states) <= {"Z", ""}, states
+    finally:
+        world.net.plug(1, "up")
+    assert pause_s < LEASE_OVER_S
+    again = world.worker_of(decode_host, restarts=worker["restarts"] + 1)
+    assert again["id"] == worker["id"]
+
+
 def _state(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -240,3 +263,20 @@ def test_other_keys_and_other_models_are_refused(world: RemoteWorld, tmp_path: P
     after = world.server.status()
     assert len(after["workers"]) == len(before["workers"]), time.monotonic() - started
     assert after["dropped_frames"]["front"] > before["dropped_frames"]["front"]
+
+
+# --- last, because its host does not come back ----------------------------------------------
+
+
+def test_another_host_takes_the_place_of_a_lost_one(
+    world: RemoteWorld, references: dict[str, list[int]], decode_host: JoinedHost
+) -> None:
+    lost = world.worker_of(decode_host)
+    outlive(world, lost["id"], "lost", decode_host.stop, tokens=1500)
+    new = world.worker_of(world.join(2, "decode"))
+    assert run(world, "replaced", move_on=_ready_decode_workers(world)) == references
+    assert world.workers(id=new["id"])[0]["state"] == "ready"
+
+
+def _ready_decode_workers(world: RemoteWorld) -> list[int]:
+    return [w["id"] for w in world.workers(role="decode", state="ready")]
