@@ -111,9 +111,10 @@ def outlive(
         faults, streams, tasks, client = await streams_on(world, worker, name, tokens)
         strike()
         await asyncio.gather(*tasks)
+        again = [Stream(f"{s.rid}-again", s.prompt, tokens) for s in streams]
+        for reference in await asyncio.gather(*(s.run(client) for s in again)):
+            faults.references[reference.prompt] = reference
         for stream in streams:
-            again = Stream(f"{stream.rid}-again", stream.prompt, tokens)
-            faults.references[stream.prompt] = await again.run(client)
             faults.assert_exact(stream)
         await client.aclose()
         return max(s.pause_s for s in streams)
