@@ -109,8 +109,10 @@ def test_members_are_heard_and_others_are_not(
     assert ask(port, None) is None
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(1)
     # The controller's mailbox, the three workers', and the outputs of other hosts.
-    for other in range(port + 1, port + 6):
-        stranger = context.socket(zmq.PUSH)
+    strangers = [context.socket(zmq.PUSH) for _ in range(5)]
+    for other, stranger in enumerate(strangers, start=port + 1):
+        # One that is refused connects again for ever; the context would wait for it to deliver.
+        stranger.linger = 0
         stranger.connect(f"tcp://127.0.0.1:{other}")
         for _ in range(5):
             stranger.send(b"not from a member")
