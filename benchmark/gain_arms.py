@@ -17,14 +17,18 @@ from sglang_ares.simulator import SimulationConfig
 from sglang_ares.simulator.goodput import try_rate
 from sglang_ares.simulator.lattice import lattice_goodput
 
-# Name: placement, rescheduling, prediction.
+# Name: placement, admission, rescheduling, prediction. Ours lets requests in by their SLO; the arms
+# after it tell what that does by itself, for the others, and what ours is without it.
 ARMS = {
-    "round_robin": ("round_robin", "none", "none"),
-    "least_tokens": ("least_tokens", "none", "none"),
-    "reactive": ("least_tokens", "reactive", "none"),
-    "star": ("least_tokens", "star", "noisy"),
-    "ares": ("least_tokens", "ares", "noisy"),
-    "oracle": ("least_tokens", "oracle", "true"),
+    "round_robin": ("round_robin", "worker", "none", "none"),
+    "least_tokens": ("least_tokens", "worker", "none", "none"),
+    "reactive": ("least_tokens", "worker", "reactive", "none"),
+    "star": ("least_tokens", "worker", "star", "noisy"),
+    "ares": ("least_tokens", "slo", "ares", "noisy"),
+    "oracle": ("least_tokens", "slo", "oracle", "true"),
+    "least_tokens_slo": ("least_tokens", "slo", "none", "none"),
+    "star_slo": ("least_tokens", "slo", "star", "noisy"),
+    "ares_worker": ("least_tokens", "worker", "ares", "noisy"),
 }
 SHARES = (0.9, 0.99)
 TTFT_SLO_MS = 2000.0
@@ -92,8 +96,8 @@ def measure(
 ) -> Row:
     """P99 TPOT at the stream's own rate, and goodput, on a lattice of rates whose neighbours differ
     by ``precision``; looked for from where ``near``, another arm's row, found its own."""
-    placement, rescheduling, prediction = ARMS[arm]
-    config = replace(config, placement=placement, rescheduling=rescheduling, prediction=prediction)
+    names = ("placement", "admission", "rescheduling", "prediction")
+    config = replace(config, **dict(zip(names, ARMS[arm], strict=True)))
     started = time.process_time()
     equal = try_rate(config, stream, stream.rate)
     start = {share: round((near or {}).get(f"exponent_{share * 100:g}") or 0) for share in SHARES}

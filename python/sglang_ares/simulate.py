@@ -22,6 +22,7 @@ from sglang_ares.simulator.roles import COLOCATED, RolesConfig
 from sglang_ares.simulator.roles.config import EMPTY, RELABEL
 from sglang_ares.simulator.roles.simulation import RolesSimulation
 from sglang_ares.simulator.simulation import Simulation
+from sglang_ares.srt.policy.admission import ADMISSIONS, WORKER
 from sglang_ares.srt.policy.elastic.decisions import REQUEST_SCHEDULING, ROLES
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 
@@ -59,6 +60,13 @@ def arguments() -> argparse.ArgumentParser:
     load.add_argument("--seed", type=int, default=0)
     policy = parser.add_argument_group("policies")
     policy.add_argument("--placement", default="least_tokens", choices=PLACEMENT.names())
+    policy.add_argument(
+        "--admission",
+        default=WORKER,
+        choices=ADMISSIONS,
+        help="where requests wait for KV memory: at the worker they are placed on, or in the "
+        "controller, those first that can still meet --ttft-slo-ms",
+    )
     policy.add_argument("--rescheduling", default="none", choices=RESCHEDULING.names())
     policy.add_argument("--reschedule-interval", type=float, default=1.0, metavar="S")
     policy.add_argument("--max-moves", type=int, default=0, help="per round; 0: D / 2, at least 2")
@@ -123,6 +131,7 @@ def configuration(args: argparse.Namespace) -> SimulationConfig:
         decode_workers=args.decode_workers,
         profile=load_profile(args.profile),
         placement=args.placement,
+        admission=args.admission,
         rescheduling=args.rescheduling,
         prediction=args.prediction or ("true" if oracle else "none"),
         error=load_error_model(args.error_model) if args.error_model else ErrorModel(),

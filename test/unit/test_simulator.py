@@ -22,6 +22,7 @@ from sglang_ares.simulator.config import SimulationError
 from sglang_ares.simulator.plots import plot_load
 from sglang_ares.simulator.prediction import ErrorModel, Noisy, Truth, load_error_model
 from sglang_ares.simulator.trace import trace_events, write_trace
+from sglang_ares.srt.policy.admission import ADMISSIONS
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.snapshot import MEDIAN, Snapshot
 from sglang_ares.srt.policy.types import LEVELS, Move, RescheduleLimits
@@ -38,13 +39,19 @@ def tight(**changes: Any) -> SimulationConfig:
 
 
 @pytest.mark.parametrize("placement", PLACEMENT.names())
+@pytest.mark.parametrize("admission", ADMISSIONS)
 @pytest.mark.parametrize("rescheduling", RESCHEDULING.names())
 def test_every_request_ends_once_and_policies_are_deterministic(
-    placement: str, rescheduling: str
+    placement: str, admission: str, rescheduling: str
 ) -> None:
     stream = busy_stream()
-    prediction = "true" if rescheduling == "oracle" else "noisy"
-    config = tight(placement=placement, rescheduling=rescheduling, prediction=prediction)
+    config = tight(
+        placement=placement,
+        admission=admission,
+        ttft_slo_ms=2000.0,
+        rescheduling=rescheduling,
+        prediction="true" if rescheduling == "oracle" else "noisy",
+    )
     one, two = Simulation(config, stream).run(), Simulation(config, stream).run()
     served = ~np.isnan(one.finished_s)
     fits = stream.prompt_tokens + stream.output_tokens <= SMALL.kv_capacity_tokens

@@ -9,6 +9,7 @@ from sglang_ares.profiles.profile import Profile, load_profile
 from sglang_ares.simulator.prediction import PREDICTIONS, ErrorModel
 from sglang_ares.simulator.roles.config import RolesConfig
 from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
+from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 from sglang_ares.srt.policy.types import MoveCost, RescheduleLimits
 
@@ -26,7 +27,8 @@ class SimulationConfig:
 
     ``profile``: of every worker. ``prediction``: one of :data:`PREDICTIONS`; ``error`` describes
     the ``noisy`` one and ``error_scale`` multiplies it. ``report_interval_s``: how old loads may be
-    that a placement sees (requests placed since are counted). ``max_moves``: moves per round, 0
+    that a placement sees (requests placed since are counted). ``admission``: one of
+    :data:`~sglang_ares.srt.policy.admission.ADMISSIONS`. ``max_moves``: moves per round, 0
     for half as many as there are decode workers and at least 2. ``budget_tokens``: KV tokens that
     the moves of a round may copy, 0 for no limit. ``max_migrations_per_worker``: at once into one
     worker, and out of one. ``reserved_tokens``: free KV that admission leaves per request.
@@ -42,6 +44,7 @@ class SimulationConfig:
     decode_workers: int = 4
     profile: Profile = field(default_factory=lambda: load_profile("24gb-qwen2.5-7b"))
     placement: str = "round_robin"
+    admission: str = WORKER
     prefill_placement: str = "least_tokens"
     rescheduling: str = "none"
     prediction: str = "none"
@@ -98,6 +101,7 @@ class SimulationConfig:
                 raise SimulationError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name, choices in (
             ("placement", PLACEMENT.names()),
+            ("admission", ADMISSIONS),
             ("prefill_placement", PLACEMENT.names()),
             ("rescheduling", RESCHEDULING.names()),
             ("prediction", PREDICTIONS),
@@ -112,6 +116,10 @@ class SimulationConfig:
                 "the true lengths: set prediction to 'true'."
             )
 
+        if self.admission == SLO and not self.ttft_slo_ms:
+            raise SimulationError(
+                f"admission is {SLO!r}, by what is promised for the first token; set ttft_slo_ms."
+            )
         if self.roles is not None:
             self._check_roles()
 
@@ -119,6 +127,11 @@ class SimulationConfig:
         for name in ("ttft_slo_ms", "tpot_slo_ms"):
             if not getattr(self, name):
                 raise SimulationError(f"roles weigh loads against both SLOs; set {name}.")
+        if self.admission != WORKER:
+            raise SimulationError(
+                f"admission is {self.admission!r} and roles are simulated; with roles requests "
+                f"wait where they are placed: set admission to {WORKER!r}."
+            )
         if self.rescheduling != "none":
             raise SimulationError(
                 f"rescheduling is {self.rescheduling!r} and roles are simulated; with roles only "

@@ -13,6 +13,7 @@ JOIN = 3  # a request's KV has arrived: request, decode worker
 HANDOVER = 4  # a migration's copy has caught up: request, id of the migration
 ROUND = 5  # rescheduling: -, -
 SAMPLE = 6  # the load is recorded: -, -
+ADMIT = 7  # workers have reported, and requests wait for room: -, -
 
 Event: TypeAlias = tuple[float, int, int, int, int]
 

@@ -12,8 +12,18 @@ import numpy as np
 from sglang_ares.bench.workloads.stream import RequestStream
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.decode_pool import DecodePool
-from sglang_ares.simulator.events import DECODE, HANDOVER, JOIN, PREFILL, ROUND, STEP, EventQueue
+from sglang_ares.simulator.events import (
+    ADMIT,
+    DECODE,
+    HANDOVER,
+    JOIN,
+    PREFILL,
+    ROUND,
+    STEP,
+    EventQueue,
+)
 from sglang_ares.simulator.events import SAMPLE as SAMPLE_EVENT
+from sglang_ares.simulator.held_requests import HeldRequests
 from sglang_ares.simulator.migrations import Migrations
 from sglang_ares.simulator.prediction import predictor_of
 from sglang_ares.simulator.prefill_pool import PrefillPool
@@ -21,8 +31,9 @@ from sglang_ares.simulator.request_log import RequestLog
 from sglang_ares.simulator.result import Result
 from sglang_ares.simulator.verdict import Verdict
 from sglang_ares.simulator.view import DecodeView
+from sglang_ares.srt.policy.admission import SLO
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
-from sglang_ares.srt.policy.snapshot import Ints
+from sglang_ares.srt.policy.snapshot import Ints, WorkerTable
 from sglang_ares.srt.policy.types import NewRequest
 
 # Called with the number of requests that have ended, a hundred times or so.
@@ -53,6 +64,11 @@ class Simulation:
         self._progress_every = max(1, len(stream) // _PROGRESS_CALLS)
         self._view = DecodeView(config, log, self._decode, self._migrations, self._predictor)
         self._place = PLACEMENT.get(config.placement)
+        self._held = (
+            HeldRequests(config, events, self._view, self._bind)
+            if config.admission == SLO
+            else None
+        )
         self._plan = RESCHEDULING.get(config.rescheduling)
         self._limits = config.limits
         self._rounds = 0
@@ -114,6 +130,9 @@ class Simulation:
             elif kind == ROUND:
                 self._round(now)
                 events.push(now + config.reschedule_interval_s, ROUND)
+            elif kind == ADMIT:
+                assert self._held is not None
+                self._held.on_reports()
             else:
                 self._sample_s.append(now)
                 self._samples.append(view.resident_tokens(now))
@@ -132,8 +151,16 @@ class Simulation:
             return
         remaining = self._predictor.at_arrival(output)
         new = NewRequest(prompt_tokens=prompt, sequence=request, remaining=remaining)
-        row = self._place(new, self._view.workers(self._events.now))
-        self._view.note_dispatch(request, row, remaining)
+        if self._held is not None:
+            self._held.arrive(new)
+        else:
+            self._bind(new, self._view.workers(self._events.now))
+
+    def _bind(self, new: NewRequest, workers: WorkerTable) -> None:
+        """Place a request on one of ``workers``; it is prefilled once there is memory for it."""
+        request = new.sequence
+        row = int(workers.worker_id[self._place(new, workers)])
+        self._view.note_dispatch(request, row, new.remaining)
         if self._decode.dispatch(request, row):
             self._prefill.add(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import Any, overload
 
@@ -55,6 +56,11 @@ class _ReportedWorkers(WorkerTable):
     def remaining_tokens(self) -> Floats:
         total: Floats = self.__dict__["_sum_remaining"]()
         return total
+
+    def take(self, rows: Ints) -> WorkerTable:
+        names = (f.name for f in fields(WorkerTable) if f.name != "remaining_tokens")
+        columns = {name: getattr(self, name)[rows] for name in names}
+        return _ReportedWorkers(lambda: self.remaining_tokens[rows], columns)
 
 
 class DecodeView:

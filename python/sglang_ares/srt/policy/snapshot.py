@@ -8,7 +8,7 @@ policy cannot tell which. Nobody may write into the columns a policy was given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -54,6 +54,10 @@ class WorkerTable:
     def free_tokens(self) -> Ints:
         """``(W,)`` tokens of KV memory neither held nor promised; never negative."""
         return np.maximum(0, self.kv_capacity - self.load_tokens)
+
+    def take(self, rows: Ints) -> WorkerTable:
+        """The workers of these rows, in that order."""
+        return WorkerTable(**{f.name: getattr(self, f.name)[rows] for f in fields(WorkerTable)})
 
     @classmethod
     def of(cls, loads: Sequence[WorkerLoad]) -> WorkerTable:
