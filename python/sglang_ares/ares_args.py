@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_ares.srt.policy import elastic, placement, rescheduling  # noqa: F401  (they register)
+from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER
 from sglang_ares.srt.policy.elastic.decisions import ROLES
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
 
@@ -40,6 +41,13 @@ class AresArgs:
     decode_workers: int = _flag(2, "Number of decode workers.")
     placement: str = _flag(
         "least_tokens", "How a new request is placed.", choices=PLACEMENT.names()
+    )
+    admission: str = _flag(
+        WORKER,
+        "Where requests wait while no decode worker has KV memory for them. worker: on the worker "
+        "they were placed on, first come, first served. slo: in the controller, until any worker "
+        "has room; those that can still meet --ares-ttft-slo-ms go before those that are late.",
+        choices=ADMISSIONS,
     )
     rescheduling: str = _flag(
         "reactive",
@@ -149,7 +157,8 @@ class AresArgs:
     )
     ttft_slo_ms: float = _flag(
         0.0,
-        "Time to the first token that requests are promised; see --ares-roles. 0: none.",
+        "Time to the first token that requests are promised; --ares-admission and --ares-roles go "
+        "by it. 0: none.",
         metavar="MS",
     )
     profile_cache: str = _flag(
@@ -286,6 +295,8 @@ class AresArgs:
             value = getattr(self, name)
             if not value >= 0:
                 raise AresArgsError(f"{flag_name(name)} is {value}; it must not be negative.")
+        if self.admission == SLO and (fault := self.why_not_by_slo):
+            raise AresArgsError(fault)
         if self.roles != "static" and not (self.ttft_slo_ms and self.tpot_slo_ms):
             raise AresArgsError(
                 f"--ares-roles {self.roles} weighs loads against what requests are promised; set "
@@ -300,6 +311,7 @@ class AresArgs:
             )
         for name, choices in (
             ("placement", PLACEMENT.names()),
+            ("admission", ADMISSIONS),
             ("rescheduling", RESCHEDULING.served_names()),
             ("migration_copy", ("live", "stopped")),
             ("decode_radix_cache", ("on", "off")),
@@ -318,6 +330,18 @@ class AresArgs:
         """With the intervals that policies go by in seconds of the wall, not emulated ones."""
         times = {name: getattr(self, name) * self.time_dilation for name in _POLICY_TIMES}
         return dataclasses.replace(self, **times)
+
+    @property
+    def why_not_by_slo(self) -> str | None:
+        """What keeps these flags from an admission by SLO, and the remedy."""
+        if not self.ttft_slo_ms:
+            return f"--ares-admission {SLO} goes by what is promised; set --ares-ttft-slo-ms."
+        if self.roles != "static":
+            return (
+                f"--ares-admission {SLO} keeps requests from the workers, and --ares-roles "
+                f"{self.roles} forecasts by what waits there; leave one of them out."
+            )
+        return None
 
     @property
     def total_workers(self) -> int:

@@ -68,6 +68,10 @@ def test_every_field_is_a_flag(field: dataclasses.Field[Any]) -> None:
         slos = ("--ares-ttft-slo-ms", "1000", "--ares-tpot-slo-ms", "50")
         assert parsed("--ares-roles", "arrow", *slos).roles == "arrow"
         return
+    if field.name == "admission":
+        slo = ("--ares-ttft-slo-ms", "1000")
+        assert parsed("--ares-admission", "slo", *slo).admission == "slo"
+        return
     value = OTHER_VALUES.get(field.name)
     if isinstance(field.default, bool):
         name = flag_name(field.name)
@@ -98,6 +102,15 @@ def test_every_flag_is_explained(field: dataclasses.Field[Any]) -> None:
 def test_planners_of_roles_need_both_slos(given: dict[str, float]) -> None:
     with pytest.raises(AresArgsError, match="--ares-ttft-slo-ms and --ares-tpot-slo-ms"):
         AresArgs(roles="ares", **given)  # type: ignore[arg-type]
+
+
+def test_admission_by_slo_needs_one_and_fixed_roles() -> None:
+    with pytest.raises(AresArgsError, match="set --ares-ttft-slo-ms"):
+        AresArgs(admission="slo")
+    with pytest.raises(AresArgsError, match="leave one of them out"):
+        AresArgs(admission="slo", roles="ares", ttft_slo_ms=1000.0, tpot_slo_ms=50.0)
+    with pytest.raises(AresArgsError, match="choose one of: worker, slo"):
+        AresArgs(admission="nobodys")
 
 
 def test_flag_names() -> None:

@@ -10,6 +10,7 @@ import pytest
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_ares.ares_args import AresArgs
+from sglang_ares.srt.managers.admission_queue import AdmissionQueue
 from sglang_ares.srt.managers.cluster_state import (
     DYING,
     FAILED_FOR_GOOD,
@@ -91,6 +92,15 @@ class Controller(AresController):
             SimpleNamespace(),
             self.tell,
             predictions,
+            512,
+        )
+        self.answered: list[tuple[str, int | None, str]] = []
+        self.waiting = AdmissionQueue(
+            self.state,
+            2.0,
+            lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
+            self.missing_role,
+            self.end,
         )
         host: Any = self
         self.roles = RoleChanges(host, self.state, None, 30.0)
@@ -103,6 +113,7 @@ class Controller(AresController):
             self.state,
             self.mover,
             self.dispatcher,
+            self.waiting,
             predictions,
             self.roles,
             self.planner,
@@ -122,6 +133,9 @@ class Controller(AresController):
 
     def send_control_message(self, obj: Any) -> None:
         self.to_all.append(obj)
+
+    def end(self, owner: Ownership, status: int | None, reason: str) -> None:
+        self.answered.append((owner.rid, status, reason))
 
     def own(self, rid: str, decode: int = D1) -> Ownership:
         owner = Ownership(rid, None, P0, decode, dispatched_at=0.0)
@@ -245,6 +259,19 @@ def test_an_abort_of_a_stranger_is_upstreams(
     assert len(controller.to_all) == 1 and not sent and not controller.state.owners["r"].aborted
 
 
+def test_a_request_that_waits_is_on_no_worker(
+    controller: Controller, sent: list[tuple[str, Any]]
+) -> None:
+    """It cannot be moved, and its abort concerns no worker."""
+    controller.waiting.arrive(controller.state.new_owner("r", None))
+    assert controller.migrate("r", D2) == (409, "the request waits for a worker with room")
+    assert [r["worker"] for r in controller.state.requests()] == [None]
+    controller.route_abort(AbortReq(rid="r"))
+    assert controller.answered == [("r", None, "aborted by the client")]
+    assert not sent and not controller.to_all
+    assert not controller.state.owners and not len(controller.waiting)
+
+
 # --- what can be served ---------------------------------------------------------------------
 
 
@@ -264,10 +291,13 @@ def test_a_role_is_missing_when_all_of_it_is_given_up(controller: Controller) ->
 # --- policies -------------------------------------------------------------------------------
 
 
-def use(controller: Controller, placement: str, rescheduling: str) -> tuple[int, Any]:
-    controller.desk.answer(
-        b"front", PolicyQuery(query_id=1, placement=placement, rescheduling=rescheduling)
+def use(
+    controller: Controller, placement: str, rescheduling: str, admission: str = ""
+) -> tuple[int, Any]:
+    query = PolicyQuery(
+        query_id=1, placement=placement, rescheduling=rescheduling, admission=admission
     )
+    controller.desk.answer(b"front", query)
     return controller.replies[-1]
 
 
@@ -275,11 +305,12 @@ def test_policies_change_while_the_cluster_serves() -> None:
     controller = Controller()
     assert use(controller, "round_robin", "none") == (
         200,
-        {"placement": "round_robin", "rescheduling": "none"},
+        {"placement": "round_robin", "admission": "worker", "rescheduling": "none"},
     )
     assert [controller.dispatcher.choose(1) for _ in range(3)] == [(P0, D1), (P0, D2), (P0, D1)]
-    assert use(controller, "", "reactive")[1] == {
+    assert use(controller, "", "reactive", "slo")[1] == {
         "placement": "round_robin",
+        "admission": "slo",
         "rescheduling": "reactive",
     }
 
@@ -291,4 +322,6 @@ def test_an_unknown_policy_changes_nothing() -> None:
         status, body = use(controller, "round_robin", name)
         assert status == 400
         assert name in body["reason"] and "reactive" in body["reason"]
+    status, body = use(controller, "round_robin", "reactive", "nobodys")
+    assert status == 400 and "nobodys" in body["reason"] and "slo" in body["reason"]
     assert use(controller, "", "")[1] == before

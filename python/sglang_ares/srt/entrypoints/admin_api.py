@@ -25,6 +25,7 @@ class PolicyBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of ``POST /ares/policy``; what is left out stays as it is."""
 
     placement: PolicyName = ""
+    admission: PolicyName = ""
     rescheduling: PolicyName = ""
 
 
@@ -87,9 +88,11 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
             body = msgspec.json.decode(await request.body(), type=PolicyBody)
         except msgspec.MsgspecError as error:
             return _error(
-                400, f'the body must be {{"placement": name, "rescheduling": name}}: {error}'
+                400,
+                'the body must be {"placement": name, "admission": name, "rescheduling": name}: '
+                f"{error}",
             )
-        return await _answer(client.use_policies(body.placement, body.rescheduling))
+        return await _answer(client.use_policies(body.placement, body.rescheduling, body.admission))
 
     @app.post("/ares/drain")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)

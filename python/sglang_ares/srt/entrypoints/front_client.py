@@ -78,11 +78,17 @@ class FrontClient:
             DrainQuery(query_id=next(self._ids), worker_id=worker_id, drain=drain)
         )
 
-    async def use_policies(self, placement: str, rescheduling: str) -> tuple[int, Any]:
+    async def use_policies(
+        self, placement: str, rescheduling: str, admission: str = ""
+    ) -> tuple[int, Any]:
         """Change policies; an empty name changes nothing."""
-        return await self._ask(
-            PolicyQuery(query_id=next(self._ids), placement=placement, rescheduling=rescheduling)
+        query = PolicyQuery(
+            query_id=next(self._ids),
+            placement=placement,
+            rescheduling=rescheduling,
+            admission=admission,
         )
+        return await self._ask(query)
 
     async def change_role(self, worker_id: int, role: str) -> tuple[int, Any]:
         """Change a worker's role and wait until it serves in it, or will not."""

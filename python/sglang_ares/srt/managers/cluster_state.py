@@ -89,9 +89,10 @@ class WorkerView:
 
 @dataclass
 class Ownership:
-    """A live request: what the front sent (a ``TokenizedGenerateReqInput``), where it is, and
-    which attempt at it runs. ``recovering``: it is nowhere until the token ledger has answered.
-    ``aborted``: the client has left, so that it need not be recovered."""
+    """A live request: what the front sent (a ``TokenizedGenerateReqInput``), where it is (on no
+    worker, -1, while it waits to be dispatched), and which attempt at it runs. ``recovering``: it
+    is nowhere until the token ledger has answered. ``aborted``: the client has left, so that it
+    need not be recovered."""
 
     rid: str
     request: Any
@@ -106,6 +107,11 @@ class Ownership:
     aborted: bool = False
     # What prefill predicted, until its decode worker does.
     first_estimate: Remaining | None = None
+
+    @property
+    def waiting(self) -> bool:
+        """No worker knows of it yet."""
+        return self.decode < 0
 
     @property
     def name(self) -> str:
@@ -242,6 +248,10 @@ class ClusterState:
         counting, so that no leftover of the earlier request is taken for this one's."""
         attempt = self._last_attempts.pop(rid, -1) + 1
         return Ownership(rid, request, -1, -1, time.monotonic(), attempt, attempt)
+
+    def note_waiting(self, owner: Ownership) -> None:
+        """A request is to wait until it is dispatched."""
+        self.owners[owner.rid] = owner
 
     def note_dispatch(self, owner: Ownership, prompt_tokens: int) -> None:
         """An attempt at a request was sent to its two workers."""
@@ -457,7 +467,7 @@ class ClusterState:
         return [
             {
                 "rid": owner.rid,
-                "worker": owner.decode,
+                "worker": None if owner.waiting else owner.decode,
                 "tokens": loads[owner.name].tokens if owner.name in loads else 0,
                 "output_tokens": loads[owner.name].output_tokens if owner.name in loads else 0,
                 "predicted_remaining": self._remaining(owner, loads.get(owner.name)),

@@ -28,6 +28,7 @@ from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
 from sglang_ares.srt.emulation.settings import not_emulated, profile_of
+from sglang_ares.srt.managers.admission_queue import AdmissionQueue
 from sglang_ares.srt.managers.cluster import (
     WorkerCluster,
     WorkerProcess,
@@ -42,7 +43,7 @@ from sglang_ares.srt.managers.cluster_state import (
     Ownership,
     WorkerView,
 )
-from sglang_ares.srt.managers.dispatcher import Dispatcher
+from sglang_ares.srt.managers.dispatcher import Dispatcher, Sent
 from sglang_ares.srt.managers.front_desk import FrontDesk
 from sglang_ares.srt.managers.io_struct import (
     Adopted,
@@ -84,6 +85,7 @@ from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.managers.supervisor import Supervisor
 from sglang_ares.srt.managers.worker_input import WorkerInput
 from sglang_ares.srt.observability.metrics import ControllerMetrics
+from sglang_ares.srt.policy.admission import SLO
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
@@ -243,12 +245,23 @@ class AresController(DataParallelController):
             self.metrics,
             self.tell,
             self.predictions,
+            self.server_args.num_reserved_decode_tokens,
         )
+        self.waiting = AdmissionQueue(
+            self.state,
+            self.ares_args.ttft_slo_ms / 1e3,
+            lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
+            self.missing_role,
+            self.end,
+            self.ares_args.why_not_by_slo,
+        )
+        self.waiting.use(self.ares_args.admission)
         self.desk = FrontDesk(
             self._front,
             self.state,
             self.mover,
             self.dispatcher,
+            self.waiting,
             self.predictions,
             self.roles,
             self.planner,
@@ -290,7 +303,9 @@ class AresController(DataParallelController):
             self.end(owner, 400, f"the rid is longer than {MAX_RID_CHARS - 3} characters")
         elif self.ares_args.emulate and (what := not_emulated(req)):
             self.end(owner, 400, f"no model runs here (--ares-emulate), so there are no {what}")
-        elif not self.dispatcher.send_attempt(owner, None):
+        elif self.waiting.admission == SLO and not is_probe(req.rid):
+            self.waiting.arrive(owner)
+        elif self.dispatcher.send_attempt(owner, None) is not Sent.SENT:
             self.end(owner, 503, self.missing_role() or "all workers of a role are starting anew")
         elif not is_probe(req.rid):
             self.planner.on_arrival(len(req.input_ids or ()))
@@ -308,6 +323,10 @@ class AresController(DataParallelController):
 
     def _abort(self, owner: Ownership, abort: AbortReq) -> None:
         owner.aborted = True
+        if owner.waiting:
+            self.waiting.remove(owner)
+            self.end(owner, None, "aborted by the client")
+            return
         if owner.recovering:
             self.recovery.on_abort(owner)
             return
@@ -367,6 +386,7 @@ class AresController(DataParallelController):
                 self.desk.on_source_died(migration_id, move)
         self.recovery.worker_died(worker_id)
         self.recovery.dispatch_parked()
+        self.waiting.cluster_changed()
 
     def settled(self, worker_id: int) -> bool:
         """Whether all others have let go of a dead worker."""
@@ -386,6 +406,7 @@ class AresController(DataParallelController):
         self._introduce_workers()
         self._tell_front_who_serves()
         self.recovery.dispatch_parked()
+        self.waiting.cluster_changed()
 
     def empty_workers(self) -> None:
         """Move requests away from the workers that are to be emptied."""
@@ -416,7 +437,7 @@ class AresController(DataParallelController):
 
     def redispatch(self, owner: Ownership, emitted: EmittedTokens) -> bool:
         """Send the next attempt at a request, if there are workers for it."""
-        sent = self.dispatcher.send_attempt(owner, emitted)
+        sent = self.dispatcher.send_attempt(owner, emitted) is Sent.SENT
         if sent:
             self.metrics.recovered()
         return sent
@@ -465,8 +486,10 @@ class AresController(DataParallelController):
             self.state.note_adopted(message)
         elif isinstance(message, WorkerReport):
             self.state.note_report(message)
+            self.waiting.cluster_changed()
             self.predictions.on_report(message)
             self.metrics.reported(message)
+            self.metrics.waiting(len(self.waiting))
             self.metrics.predicted(self.predictions.of_new())
             self.mover.on_report(message)
             self.planner.on_report(message, time.monotonic())
@@ -520,6 +543,7 @@ class AresController(DataParallelController):
             for frame in self._mailbox.drain():
                 self._safely(self.dropped, self._on_worker_message, frame)
             self._serve_front()
+            self.waiting.let_in(time.monotonic())
             if not self._leaving:
                 self.supervisor.tick(time.monotonic())
                 self.remote.tick()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
 from sglang_ares.srt.disaggregation.refusals import TRAVEL, first_refusal
 from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_of, unpack_ids
 from sglang_ares.srt.managers.io_struct import Resume
 from sglang_ares.srt.managers.probes import is_probe
+from sglang_ares.srt.policy.admission import has_room
 from sglang_ares.srt.policy.registry import PLACEMENT
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest
 
@@ -26,11 +29,21 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.remote_io import RemoteInput
     from sglang_ares.srt.managers.worker_input import WorkerInput
     from sglang_ares.srt.observability.metrics import ControllerMetrics
+    from sglang_ares.srt.policy.snapshot import WorkerTable
     from sglang_ares.srt.policy.types import WorkerLoad
 
 
+class Sent(enum.Enum):
+    """What became of an attempt."""
+
+    SENT = "sent"
+    NO_WORKER = "no worker of a role takes requests"
+    NO_ROOM = "no decode worker has room"
+
+
 class Dispatcher:
-    """``inputs``: the workers' request sockets, by worker id; ``tell`` sends control messages."""
+    """``inputs``: the workers' request sockets, by worker id; ``tell`` sends control messages.
+    ``reserved_tokens``: KV that a decode worker keeps free for each of its requests."""
 
     def __init__(
         self,
@@ -41,6 +54,7 @@ class Dispatcher:
         metrics: ControllerMetrics,
         tell: Callable[[int, Message], None],
         predictions: LengthPredictions,
+        reserved_tokens: int,
     ) -> None:
         self._state = state
         self._cluster = cluster
@@ -49,6 +63,7 @@ class Dispatcher:
         self._metrics = metrics
         self._tell = tell
         self._predictions = predictions
+        self._reserved = reserved_tokens
         self._sequence = 0
 
     def use(self, placement: str) -> None:
@@ -57,33 +72,46 @@ class Dispatcher:
         self.placement = placement
 
     def choose(
-        self, prompt_tokens: int, req: TokenizedGenerateReqInput | None = None
-    ) -> tuple[int, int] | None:
-        """A prefill and a decode worker for a request, if there are such workers: of this host
-        if ``req`` cannot travel to another."""
+        self,
+        prompt_tokens: int,
+        req: TokenizedGenerateReqInput | None = None,
+        *,
+        with_room: bool = False,
+    ) -> tuple[int, int] | Sent:
+        """A prefill and a decode worker for a request, or why there are none: of this host if
+        ``req`` cannot travel to another, and a decode worker ``with_room`` if that is asked."""
         prefill, decode = self._state.loads(PREFILL), self._state.loads(DECODE)
         if req is not None and first_refusal(TRAVEL, req) is not None:
             prefill, decode = self._here(prefill), self._here(decode)
         if not prefill or not decode:
-            return None
+            return Sent.NO_WORKER
+        table = self._predictions.table(decode)
+        if with_room:
+            room = np.flatnonzero(has_room(prompt_tokens, table, self._reserved))
+            if not len(room):
+                return Sent.NO_ROOM
+            table = table.take(room)
         new = NewRequest(
             prompt_tokens=prompt_tokens,
             sequence=self._sequence,
             remaining=self._predictions.of_new(),
         )
         self._sequence += 1
-        return self._place(new, prefill), self._place(new, decode)
+        return self._place(new, self._predictions.table(prefill)), self._place(new, table)
 
     def _here(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
         """Those of workers on this host."""
         return [load for load in loads if not self._state.workers[load.worker_id].host]
 
-    def _place(self, new: NewRequest, loads: list[WorkerLoad]) -> int:
-        """The id of the worker that the policy chooses among ``loads``."""
-        return loads[self._policy(new, self._predictions.table(loads))].worker_id
+    def _place(self, new: NewRequest, workers: WorkerTable) -> int:
+        """The id of the worker that the policy chooses."""
+        return int(workers.worker_id[self._policy(new, workers)])
 
-    def send_attempt(self, owner: Ownership, emitted: EmittedTokens | None) -> bool:
-        """Send the current attempt at a request to two workers; false if there are none.
+    def send_attempt(
+        self, owner: Ownership, emitted: EmittedTokens | None, *, with_room: bool = False
+    ) -> Sent:
+        """Send the current attempt at a request to two workers, if there are such;
+        ``with_room``: if a decode worker has room for it.
 
         If tokens were emitted, the prefill worker computes the KV of all but the last of them,
         and the decode worker goes on behind that.
@@ -91,9 +119,9 @@ class Dispatcher:
         req = owner.request
         output = unpack_ids(emitted.output_ids if emitted is not None else b"")
         prompt_tokens = len(req.input_ids or ()) + len(output)
-        chosen = self.choose(prompt_tokens, req)
-        if chosen is None:
-            return False
+        chosen = self.choose(prompt_tokens, req, with_room=with_room)
+        if isinstance(chosen, Sent):
+            return chosen
         owner.prefill, owner.decode = chosen
         source = self._cluster.workers[owner.prefill].spec
         attempt = msgspec.structs.replace(
@@ -113,13 +141,13 @@ class Dispatcher:
         if not is_probe(owner.rid):
             self._metrics.dispatched(owner.prefill, PREFILL)
             self._metrics.dispatched(owner.decode, DECODE)
-        return True
+        return Sent.SENT
 
     def probe(self, req: TokenizedGenerateReqInput) -> None:
         """A health check: each of two workers answers by itself, without a KV transfer, or
         leaves it to its running requests when it is busy. Nobody owns it."""
         chosen = self.choose(len(req.input_ids or ()))
-        if chosen is None:
+        if isinstance(chosen, Sent):
             return
         prefill, decode = chosen
         req.bootstrap_host = FAKE_BOOTSTRAP_HOST

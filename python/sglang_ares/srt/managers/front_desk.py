@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sglang_ares.ares_args import AresArgs
+    from sglang_ares.srt.managers.admission_queue import AdmissionQueue
     from sglang_ares.srt.managers.cluster_state import ClusterState
     from sglang_ares.srt.managers.dispatcher import Dispatcher
     from sglang_ares.srt.managers.io_struct import Message
@@ -56,6 +57,7 @@ class FrontDesk:
         state: ClusterState,
         mover: Mover,
         dispatcher: Dispatcher,
+        waiting: AdmissionQueue,
         predictions: LengthPredictions,
         roles: RoleChanges,
         planner: RolePlanner,
@@ -69,6 +71,7 @@ class FrontDesk:
         self._state = state
         self._mover = mover
         self._dispatcher = dispatcher
+        self._waiting_requests = waiting
         self._predictions = predictions
         self._roles = roles
         self._planner = planner
@@ -108,7 +111,9 @@ class FrontDesk:
         return self._state.status(
             {
                 "placement": self._dispatcher.placement,
+                "admission": self._waiting_requests.admission,
                 "rescheduling": self._mover.rescheduling,
+                "waiting": len(self._waiting_requests),
                 "emulated": self._args.emulate or None,
                 "time_dilation": self._args.time_dilation,
                 "length_prior": self._predictions.status(),
@@ -139,6 +144,8 @@ class FrontDesk:
             return 404, f"no live request has the rid {query.rid!r}"
         if target is None:
             return 404, f"there is no worker {query.target}"
+        if owner.waiting:
+            return 409, "the request waits for a worker with room"
         if target.role != DECODE:
             return 409, f"worker {query.target} is a {target.role} worker"
         if target.state != READY:
@@ -213,12 +220,16 @@ class FrontDesk:
             if name and name not in known:
                 choices = ", ".join(known)
                 return 400, {"reason": f"there is no policy {name!r}; choose one of: {choices}"}
+        refusal = self._waiting_requests.use(query.admission) if query.admission else None
+        if refusal is not None:
+            return 400, {"reason": refusal}
         if query.placement:
             self._dispatcher.use(query.placement)
         if query.rescheduling:
             self._mover.use(query.rescheduling)
         used = {
             "placement": self._dispatcher.placement,
+            "admission": self._waiting_requests.admission,
             "rescheduling": self._mover.rescheduling,
         }
         logger.info("policies from now on: %s", used)

@@ -424,6 +424,7 @@ class PolicyQuery(Message, frozen=True, kw_only=True):
     query_id: SequenceId
     placement: PolicyName
     rescheduling: PolicyName
+    admission: PolicyName = ""
 
 
 class RoleQuery(Message, frozen=True, kw_only=True):

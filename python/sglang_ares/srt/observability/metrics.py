@@ -52,6 +52,7 @@ SERIES: tuple[_Series, ...] = (
         (),
         "Tokens handed over without sending: the target's prefix cache held them.",
     ),
+    ("waiting_requests", "gauge", (), "Requests that wait in the controller for a worker."),
     ("worker_kv_tokens", "gauge", ("worker", "role"), "KV tokens held by requests."),
     ("worker_kv_capacity_tokens", "gauge", ("worker", "role"), "KV tokens a worker can hold."),
     ("worker_running_requests", "gauge", ("worker", "role"), "Requests decoding or prefilling."),
@@ -186,6 +187,10 @@ class ControllerMetrics:
         """A request was sent to a worker."""
         self._of("dispatched_requests_total", worker=worker, role=role).inc()
 
+    def waiting(self, requests: int) -> None:
+        """So many requests wait for a worker with room."""
+        self._of("waiting_requests").set(requests)
+
     def migrated(self, result: MigrationResult, cause: str) -> None:
         """A migration, commanded for ``cause``, ended."""
         reason = result.reason.split(":", 1)[0]
@@ -306,6 +311,8 @@ class _NoMetrics(ControllerMetrics):
     def __init__(self) -> None: ...
 
     def dispatched(self, worker: int, role: str) -> None: ...
+
+    def waiting(self, requests: int) -> None: ...
 
     def migrated(self, result: MigrationResult, cause: str) -> None: ...
 

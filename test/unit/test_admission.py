@@ -1,0 +1,236 @@
+"""Admission: who has room, whose turn it is, and that nobody is forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_ares.ares_args import AresArgs
+from sglang_ares.bench.workloads import RequestStream, lognormal
+from sglang_ares.profiles.profile import load_profile
+from sglang_ares.simulator import Simulation, SimulationConfig
+from sglang_ares.simulator.config import SimulationError
+from sglang_ares.simulator.decode_worker import DecodeWorker
+from sglang_ares.simulator.roles import RolesConfig
+from sglang_ares.srt.managers.admission_queue import AdmissionQueue
+from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
+from sglang_ares.srt.managers.dispatcher import Sent
+from sglang_ares.srt.policy.admission import has_room, next_in_turn
+from sglang_ares.srt.policy.snapshot import WorkerTable
+from sglang_ares.srt.policy.types import DECODE, StepTime, WorkerLoad
+
+SLO_S = 2.0
+PROFILE = load_profile("24gb-qwen2.5-7b")
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+@given(
+    tokens=st.integers(1, 2000),
+    held=st.integers(0, 2000),
+    promised=st.integers(0, 500),
+    running=st.integers(0, 4),
+    reserved=st.integers(1, 300),
+)
+def test_there_is_room_where_upstream_would_admit(
+    tokens: int, held: int, promised: int, running: int, reserved: int
+) -> None:
+    """The same as the simulated worker, which admits as upstream does."""
+    law = StepTime(fixed_ms=1, per_request_ms=0, per_token_ms=0)
+    worker = DecodeWorker(law, capacity=2000, max_running=99, reserved=reserved, gaps=[0.0] * 9)
+    for request in range(running):
+        worker.take(request, held // running, 5, 0.0)
+    if promised:
+        worker.promise(promised)
+    table = WorkerTable.of(
+        [
+            WorkerLoad(
+                worker_id=0,
+                role=DECODE,
+                kv_tokens=worker.tokens,
+                kv_capacity=2000,
+                running=running,
+                queued=worker.coming,
+                queued_tokens=worker.promised,
+                decode_step_ms=0.0,
+            )
+        ]
+    )
+    assert has_room(tokens, table, reserved)[0] == worker.has_room(tokens)
+
+
+# --- turns ----------------------------------------------------------------------------------------
+
+
+def test_the_oldest_of_those_in_time_is_next() -> None:
+    arrived = [0.0, 5.0, 8.5, 9.0, 9.9]
+    assert next_in_turn(arrived, 10.0, SLO_S, admitted=0) == 2
+    assert next_in_turn(arrived, 9.0, SLO_S, admitted=0) == 2
+    assert next_in_turn([9.0], 10.0, SLO_S, admitted=0) == 0
+
+
+def test_the_oldest_is_next_when_all_are_late() -> None:
+    assert next_in_turn([0.0, 1.0, 2.0], 10.0, SLO_S, admitted=0) == 0
+
+
+@given(rate=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_nobody_waits_for_ever(rate: int, seed: int) -> None:
+    """However many arrive in time, the late ones come to their turn, in order."""
+    rng = np.random.default_rng(seed)
+    waiting = [(-100.0, i) for i in range(5)]
+    let_in: list[int] = []
+    for admitted in range(40):
+        now = float(admitted)
+        waiting += sorted((now - rng.random(), 99) for _ in range(rate))
+        at = next_in_turn([arrived for arrived, _ in waiting], now, SLO_S, admitted)
+        let_in.append(waiting.pop(at)[1])
+    assert [i for i in let_in if i != 99] == [0, 1, 2, 3, 4]
+
+
+# --- the queue of the controller ------------------------------------------------------------------
+
+
+class Queue(AdmissionQueue):
+    """The real one; workers have room for ``room`` more requests."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.no_worker = False
+        self.missing: str | None = None
+        self.sent: list[str] = []
+        self.answered: list[tuple[str, int | None, str]] = []
+        self.state = ClusterState([])
+        super().__init__(self.state, SLO_S, self.try_to_send, lambda: self.missing, self.answer)
+
+    def try_to_send(self, owner: Ownership) -> Sent:
+        if self.no_worker:
+            return Sent.NO_WORKER
+        if not self.room:
+            return Sent.NO_ROOM
+        self.room -= 1
+        self.sent.append(owner.rid)
+        return Sent.SENT
+
+    def answer(self, owner: Ownership, status: int | None, reason: str) -> None:
+        self.answered.append((owner.rid, status, reason))
+
+    def come(self, rid: str, at: float) -> Ownership:
+        owner = Ownership(rid, None, -1, -1, dispatched_at=at)
+        self.arrive(owner)
+        self.let_in(at)
+        return owner
+
+    def free(self, room: int, now: float) -> None:
+        self.room = room
+        self.cluster_changed()
+        self.let_in(now)
+
+
+def test_requests_pass_while_there_is_room_and_then_wait() -> None:
+    queue = Queue(room=1)
+    queue.come("a", 0.0)
+    queue.come("b", 0.1)
+    assert queue.sent == ["a"] and len(queue) == 1 and queue.admitted == 0
+    queue.let_in(0.2)
+    assert queue.sent == ["a"]
+    queue.free(1, 0.3)
+    assert queue.sent == ["a", "b"] and not len(queue) and queue.admitted == 1
+
+
+def test_late_ones_yield_and_come_last() -> None:
+    queue = Queue(room=0)
+    for rid, at in (("late", 0.0), ("later", 0.5), ("in time", 3.0), ("new", 3.5)):
+        queue.come(rid, at)
+    queue.free(4, 4.0)
+    assert queue.sent == ["in time", "new", "late", "later"]
+
+
+def test_who_leaves_does_not_hold_up_the_others() -> None:
+    queue = Queue(room=0)
+    first = queue.come("first", 0.0)
+    queue.come("second", 0.1)
+    queue.remove(first)
+    queue.free(1, 0.2)
+    assert queue.sent == ["second"]
+    assert "first" not in queue.state.owners
+
+
+def test_without_workers_new_ones_are_told_and_old_ones_wait() -> None:
+    """Workers that start anew come back; those that are given up do not."""
+    queue = Queue(room=0)
+    queue.come("old", 0.0)
+    queue.no_worker = True
+    queue.free(0, 0.1)
+    assert not queue.answered and len(queue) == 1
+    empty = Queue(room=0)
+    empty.no_worker = True
+    empty.come("new", 0.0)
+    assert empty.answered == [("new", 503, "all workers of a role are starting anew")]
+    queue.missing = "no decode worker is left"
+    queue.free(0, 0.3)
+    assert queue.answered == [("old", 503, "no decode worker is left")]
+    assert not queue.state.owners and not len(queue)
+
+
+def test_admission_by_slo_needs_one() -> None:
+    queue = AdmissionQueue(
+        ClusterState([]),
+        0.0,
+        lambda owner: Sent.SENT,
+        lambda: None,
+        lambda *answer: None,
+        AresArgs().why_not_by_slo,
+    )
+    assert "--ares-ttft-slo-ms" in str(queue.use("slo"))
+    assert queue.admission == "worker" and queue.use("worker") is None
+
+
+# --- simulated ------------------------------------------------------------------------------------
+
+
+def stream(rate: float) -> RequestStream:
+    return lognormal(rate=rate, duration_s=120, seed=3, output_mean=600, output_cv=1.5, cap=8000)
+
+
+def run(capacity: int, rate: float, **changes: Any) -> Any:
+    config = SimulationConfig(
+        decode_workers=4,
+        profile=msgspec.structs.replace(PROFILE, kv_capacity_tokens=capacity),
+        placement="least_tokens",
+        ttft_slo_ms=2000.0,
+        **changes,
+    )
+    return Simulation(config, stream(rate)).run()
+
+
+def test_where_nobody_has_to_wait_nothing_changes() -> None:
+    bound, held = run(1_000_000, 2.0), run(1_000_000, 2.0, admission="slo")
+    np.testing.assert_array_equal(bound.finished_s, held.finished_s)
+
+
+def test_where_memory_is_short_more_are_in_time() -> None:
+    bound, held = run(20_000, 8.0), run(20_000, 8.0, admission="slo")
+    assert bound.attainment() < 0.9
+    assert held.attainment() > bound.attainment() + 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"admission": "slo", "ttft_slo_ms": 0.0}, "set ttft_slo_ms"),
+        ({"admission": "nobodys"}, "choose one of: worker, slo"),
+        (
+            {"admission": "slo", "tpot_slo_ms": 50.0, "roles": RolesConfig(policy="arrow")},
+            "set admission to 'worker'",
+        ),
+    ],
+)
+def test_what_cannot_be_simulated_is_said(changes: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(SimulationError, match=remedy):
+        SimulationConfig(**({"ttft_slo_ms": 2000.0} | changes))
