@@ -29,13 +29,14 @@ from emulated_arms import (
 from sglang_ares.bench.report import machine, write_json
 from sglang_ares.bench.server import running_server
 
-# Name: placement, rescheduling.
+# Name: placement, admission, rescheduling.
 ARMS = {
-    "round robin": ("round_robin", "none"),
-    "least tokens": ("least_tokens", "none"),
-    "reactive": ("least_tokens", "reactive"),
-    "STAR": ("least_tokens", "star"),
-    "ours": ("least_tokens", "ares"),
+    "round robin": ("round_robin", "worker", "none"),
+    "least tokens": ("least_tokens", "worker", "none"),
+    "reactive": ("least_tokens", "worker", "reactive"),
+    "STAR": ("least_tokens", "worker", "star"),
+    "ours (worker)": ("least_tokens", "worker", "ares"),
+    "ours": ("least_tokens", "slo", "ares"),
 }
 SHOWN = (
     ("tpot_p99_ms", "TPOT p99 (ms)"),
@@ -56,12 +57,13 @@ async def compare(url: str, options: argparse.Namespace) -> dict[str, list[dict[
     for number in range(options.rounds):
         names = options.arms if number % 2 == 0 else options.arms[::-1]
         for name in names:
-            placement, rescheduling = ARMS[name]
+            placement, admission, rescheduling = ARMS[name]
             run, figures = await replay_arm(
                 url,
                 stream,
                 options,
                 placement=placement,
+                admission=admission,
                 rescheduling=rescheduling,
                 name=f"{name} {number + 1}/{options.rounds}".replace(" ", "-"),
             )

@@ -15,6 +15,7 @@ from sglang_ares.bench.replay import Run
 from sglang_ares.bench.report import percentile, series
 from sglang_ares.bench.slo import Slo
 from sglang_ares.bench.workloads import RequestStream, load_workload
+from sglang_ares.srt.policy.admission import WORKER
 
 DRAIN_POLL_S = 0.5
 
@@ -44,6 +45,7 @@ def server_flags(options: argparse.Namespace) -> tuple[str, ...]:
         *(() if getattr(options, "real", False) else emulated),
         f"--ares-prefill-workers={options.prefill_workers}",
         f"--ares-decode-workers={options.decode_workers}",
+        f"--ares-ttft-slo-ms={options.ttft_slo_ms}",
         "--incremental-streaming-output",
     )
 
@@ -69,12 +71,13 @@ async def replay_arm(
     placement: str,
     rescheduling: str,
     name: str,
+    admission: str = WORKER,
 ) -> tuple[Run, dict[str, Any]]:
     """Replay ``stream`` under these policies on an idle cluster; the run, and its figures. All
     times are emulated ones."""
     async with LiveServer(url, stream_interval=options.stream_interval) as server:
         await _idle(server)
-        await server.use_policies(placement, rescheduling)
+        await server.use_policies(placement, rescheduling, admission)
         before = await server.status()
         with tqdm(total=len(stream), desc=name, unit="request") as bar:
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_ares.bench.goodput import Arm
 from sglang_ares.bench.rate_search import RateSearch
 
 
@@ -17,6 +18,20 @@ def run(search: RateSearch, limit: float, *, noise: float = 0.0) -> float:
         rate = search.next_rate
         search.note(rate, search.target + limit - rate + rng.normal(0, noise))
     return search.good
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("star", ("least_tokens", "worker", "star")),
+        ("round_robin+star", ("round_robin", "worker", "star")),
+        ("slo+ares", ("least_tokens", "slo", "ares")),
+        ("round_robin+slo+ares", ("round_robin", "slo", "ares")),
+    ],
+)
+def test_what_an_arm_is_called(text: str, arm: tuple[str, str, str]) -> None:
+    found = Arm.parse(text, "least_tokens")
+    assert (found.name, found.placement, found.admission, found.rescheduling) == (text, *arm)
 
 
 @given(st.floats(0.05, 200))

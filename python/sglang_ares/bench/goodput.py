@@ -30,6 +30,7 @@ from sglang_ares.simulator import SimulationConfig
 from sglang_ares.simulator.config import SimulationError
 from sglang_ares.simulator.goodput import Goodput, Point, goodput_of_arms
 from sglang_ares.simulator.plots import plot_attainment
+from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER
 
 UPSTREAM = "upstream"
 
@@ -41,13 +42,16 @@ class Arm:
 
     name: str
     placement: str
+    admission: str
     rescheduling: str
 
     @classmethod
     def parse(cls, text: str, placement: str) -> Arm:
-        """``star``, or ``round_robin+star`` for a placement of its own."""
-        own, plus, rescheduling = text.partition("+")
-        return cls(text, own, rescheduling) if plus else cls(text, placement, text)
+        """``star``; or ``round_robin+star``, ``slo+star``, ``round_robin+slo+star`` for a placement
+        and an admission of its own."""
+        *own, rescheduling = text.split("+")
+        admission = own.pop() if own and own[-1] in ADMISSIONS else WORKER
+        return cls(text, "+".join(own) or placement, admission, rescheduling)
 
 
 @dataclass
@@ -90,7 +94,7 @@ async def probe(
     ours = arm.rescheduling != UPSTREAM
     before: dict[str, Any] = {}
     if ours:
-        await server.use_policies(arm.placement, arm.rescheduling)
+        await server.use_policies(arm.placement, arm.rescheduling, arm.admission)
         before = await server.status()
     scaled = stream.scaled(stream.rate / rate)
     longest_s = 1e-3 * (slo.ttft_ms + slo.tpot_ms * float(stream.output_tokens.max()))
@@ -180,6 +184,7 @@ def search_simulated(
     configs = {
         arm.name: configure(
             placement=arm.placement,
+            admission=arm.admission,
             rescheduling=arm.rescheduling,
             prediction="true" if arm.rescheduling == "oracle" else options.prediction,
         )
@@ -227,7 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arms",
         default="none,reactive,star,ares",
-        help="rescheduling policies, each with --placement or as PLACEMENT+RESCHEDULING; "
+        help="rescheduling policies, each with --placement or as PLACEMENT+RESCHEDULING, and with "
+        f"requests let in by --ttft-slo-ms as {SLO}+RESCHEDULING or PLACEMENT+{SLO}+RESCHEDULING; "
         f"{UPSTREAM}: upstream's servers behind its router",
     )
     parser.add_argument("--placement", default="least_tokens")
@@ -263,8 +269,10 @@ def measure(
         urls: dict[str, str] = {}
         ours = [arm for arm in arms if arm.rescheduling != UPSTREAM]
         if ours:
+            # Which admission is used is every arm's own.
+            slo = f"--ares-ttft-slo-ms={options.ttft_slo_ms}"
             url = options.url or stack.enter_context(
-                running_server(options.out / "server.log", *server_flags)
+                running_server(options.out / "server.log", slo, *server_flags)
             )
             urls = {arm.name: url for arm in ours}
         if len(ours) < len(arms):

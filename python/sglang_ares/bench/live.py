@@ -76,9 +76,9 @@ class LiveServer:
             outcome: dict[str, Any] = await answer.json()
             return outcome
 
-    async def use_policies(self, placement: str, rescheduling: str) -> None:
-        """Change the policies of the cluster."""
-        body = {"placement": placement, "rescheduling": rescheduling}
+    async def use_policies(self, placement: str, rescheduling: str, admission: str = "") -> None:
+        """Change the policies of the cluster; an empty name changes nothing."""
+        body = {"placement": placement, "admission": admission, "rescheduling": rescheduling}
         await self.post("/ares/policy", body)
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
