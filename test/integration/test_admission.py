@@ -38,8 +38,9 @@ class World(FaultWorld):
     process: subprocess.Popen[bytes] | None = None
 
     def crowd(self, name: str, count: int = CROWD) -> list[Stream]:
-        """More requests than there is room for."""
-        return [Stream(f"{name}-{i}", PROMPTS[i % len(PROMPTS)]) for i in range(count)]
+        """More requests than there is room for. No rid is another's beginning: aborts match by
+        prefix, as upstream's do."""
+        return [Stream(f"{name}-{i:02d}", PROMPTS[i % len(PROMPTS)]) for i in range(count)]
 
     async def status(self, client: httpx.AsyncClient) -> dict[str, Any]:
         document: dict[str, Any] = (await client.get("/ares/status", timeout=30)).json()
@@ -84,7 +85,7 @@ def test_those_that_can_be_in_time_go_before_those_that_are_late(world: World) -
             fresh: list[Stream] = []
             while not any(s.output_ids for s in fresh):
                 assert any(not s.output_ids for s in old), "nobody had to wait long enough"
-                fresh.append(Stream(f"fresh-{len(fresh)}", PROMPTS[0]))
+                fresh.append(Stream(f"fresh-{len(fresh):02d}", PROMPTS[0]))
                 tasks.append(asyncio.create_task(fresh[-1].run(client)))
                 await asyncio.sleep(0.2)
             assert any(not s.output_ids for s in old), "the late ones went first"

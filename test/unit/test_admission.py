@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from sglang_ares.simulator.roles import RolesConfig
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
 from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
 from sglang_ares.srt.managers.dispatcher import Sent
-from sglang_ares.srt.policy.admission import has_room, next_in_turn
+from sglang_ares.srt.policy.admission import next_in_turn, room
 from sglang_ares.srt.policy.snapshot import WorkerTable
 from sglang_ares.srt.policy.types import DECODE, StepTime, WorkerLoad
 
@@ -62,21 +63,40 @@ def test_there_is_room_where_upstream_would_admit(
             )
         ]
     )
-    assert has_room(tokens, table, reserved)[0] == worker.has_room(tokens)
+    assert (room(table, reserved)[0] >= tokens) == worker.has_room(tokens)
 
 
 # --- turns ----------------------------------------------------------------------------------------
 
 
+def turn(arrived: list[float], now: float, admitted: int = 0) -> int | None:
+    """Whose turn it is where all are alike and there is room."""
+    return next_in_turn(arrived, [10] * len(arrived), 10, now, SLO_S, admitted)
+
+
 def test_the_oldest_of_those_in_time_is_next() -> None:
     arrived = [0.0, 5.0, 8.5, 9.0, 9.9]
-    assert next_in_turn(arrived, 10.0, SLO_S, admitted=0) == 2
-    assert next_in_turn(arrived, 9.0, SLO_S, admitted=0) == 2
-    assert next_in_turn([9.0], 10.0, SLO_S, admitted=0) == 0
+    assert turn(arrived, 10.0) == 2
+    assert turn(arrived, 9.0) == 2
+    assert turn([9.0], 10.0) == 0
 
 
 def test_the_oldest_is_next_when_all_are_late() -> None:
-    assert next_in_turn([0.0, 1.0, 2.0], 10.0, SLO_S, admitted=0) == 0
+    assert turn([0.0, 1.0, 2.0], 10.0) == 0
+
+
+def test_small_ones_pass_what_does_not_fit_but_for_the_oldest_in_its_turn() -> None:
+    arrived, tokens = [0.0, 9.0, 9.5], [50, 80, 20]
+    for most, admitted, expected in (
+        (100, 0, 1),
+        (60, 0, 2),
+        (10, 0, None),
+        (60, 7, 0),
+        (40, 7, None),
+        (40, 8, 2),
+    ):
+        assert next_in_turn(arrived, tokens, most, 10.0, SLO_S, admitted) == expected
+    assert next_in_turn([0.0, 9.0], [50, 80], 60, 10.0, SLO_S, 0) == 0
 
 
 @given(rate=st.integers(1, 20), seed=st.integers(0, 1000))
@@ -88,7 +108,8 @@ def test_nobody_waits_for_ever(rate: int, seed: int) -> None:
     for admitted in range(40):
         now = float(admitted)
         waiting += sorted((now - rng.random(), 99) for _ in range(rate))
-        at = next_in_turn([arrived for arrived, _ in waiting], now, SLO_S, admitted)
+        at = turn([arrived for arrived, _ in waiting], now, admitted)
+        assert at is not None
         let_in.append(waiting.pop(at)[1])
     assert [i for i in let_in if i != 99] == [0, 1, 2, 3, 4]
 
@@ -97,7 +118,7 @@ def test_nobody_waits_for_ever(rate: int, seed: int) -> None:
 
 
 class Queue(AdmissionQueue):
-    """The real one; workers have room for ``room`` more requests."""
+    """The real one; workers have room for ``room`` more requests, of a token each."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -106,7 +127,14 @@ class Queue(AdmissionQueue):
         self.sent: list[str] = []
         self.answered: list[tuple[str, int | None, str]] = []
         self.state = ClusterState([])
-        super().__init__(self.state, SLO_S, self.try_to_send, lambda: self.missing, self.answer)
+        super().__init__(
+            self.state,
+            SLO_S,
+            lambda: None if self.no_worker else self.room,
+            self.try_to_send,
+            lambda: self.missing,
+            self.answer,
+        )
 
     def try_to_send(self, owner: Ownership) -> Sent:
         if self.no_worker:
@@ -121,7 +149,8 @@ class Queue(AdmissionQueue):
         self.answered.append((owner.rid, status, reason))
 
     def come(self, rid: str, at: float) -> Ownership:
-        owner = Ownership(rid, None, -1, -1, dispatched_at=at)
+        request = SimpleNamespace(input_ids=[1])
+        owner = Ownership(rid, request, -1, -1, dispatched_at=at)
         self.arrive(owner)
         self.let_in(at)
         return owner
@@ -182,6 +211,7 @@ def test_admission_by_slo_needs_one() -> None:
     queue = AdmissionQueue(
         ClusterState([]),
         0.0,
+        lambda: None,
         lambda owner: Sent.SENT,
         lambda: None,
         lambda *answer: None,

@@ -98,6 +98,7 @@ class Controller(AresController):
         self.waiting = AdmissionQueue(
             self.state,
             2.0,
+            self.dispatcher.most_room,
             lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
             self.missing_role,
             self.end,

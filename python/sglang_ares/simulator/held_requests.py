@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,14 +10,18 @@ import numpy as np
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.events import ADMIT, EventQueue
 from sglang_ares.simulator.view import DecodeView
-from sglang_ares.srt.policy.admission import has_room, next_in_turn
+from sglang_ares.srt.policy.admission import next_in_turn, room
 from sglang_ares.srt.policy.snapshot import WorkerTable
 from sglang_ares.srt.policy.types import NewRequest
+
+# A report that does not wait for its time comes after this share of the interval at the earliest.
+AT_ONCE = 0.1
 
 
 class HeldRequests:
     """``bind`` places a request on one of the given workers. The controller learns from the
-    workers' reports that there is room, and so does this."""
+    workers' reports that there is room, and so does this: from the regular ones, and from those
+    that follow the end of a request at once."""
 
     def __init__(
         self,
@@ -34,32 +39,47 @@ class HeldRequests:
         # In order of arrival.
         self._held: list[NewRequest] = []
         self._arrived_s: list[float] = []
+        self._tokens: list[int] = []
         self._admitted = 0
-        self._reports_due = False
+        self._due_s = math.inf
 
     def arrive(self, new: NewRequest) -> None:
         """A request arrives: it is bound now if there is room and nobody goes before."""
         self._held.append(new)
         self._arrived_s.append(self._events.now)
+        self._tokens.append(new.prompt_tokens)
         self._let_in()
+
+    def on_end(self) -> None:
+        """A request has ended, and its worker says so."""
+        if self._held:
+            soon_s = self._view.reported_s + self._interval_s * AT_ONCE
+            self._expect(max(self._events.now, soon_s))
 
     def on_reports(self) -> None:
         """The workers have reported."""
-        self._reports_due = False
-        self._let_in()
+        if self._events.now >= self._due_s:
+            self._due_s = math.inf
+            self._view.report()
+            self._let_in()
+
+    def _expect(self, due_s: float) -> None:
+        if due_s < self._due_s:
+            self._due_s = due_s
+            self._events.push(due_s, ADMIT)
 
     def _let_in(self) -> None:
         now = self._events.now
         while self._held:
             workers = self._view.workers(now)
-            at = next_in_turn(self._arrived_s, now, self._slo_s, self._admitted)
-            new = self._held[at]
-            rows = np.flatnonzero(has_room(new.prompt_tokens, workers, self._reserved))
-            if not len(rows):
-                if not self._reports_due:
-                    self._reports_due = True
-                    self._events.push(now + self._interval_s, ADMIT)
+            free = room(workers, self._reserved)
+            at = next_in_turn(
+                self._arrived_s, self._tokens, int(free.max()), now, self._slo_s, self._admitted
+            )
+            if at is None:
+                self._expect(self._view.reported_s + self._interval_s)
                 return
-            del self._held[at]
+            new = self._held.pop(at)
+            rows = np.flatnonzero(self._tokens.pop(at) <= free)
             self._admitted += self._arrived_s.pop(at) < now
             self._bind(new, workers if len(rows) == len(workers) else workers.take(rows))

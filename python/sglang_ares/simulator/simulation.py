@@ -167,6 +167,8 @@ class Simulation:
     def _finished(self, request: int) -> None:
         """A request has all its tokens."""
         self._predictor.observe(self._log.wanted[request])
+        if self._held is not None:
+            self._held.on_end()
         if self._verdict is not None:
             self._verdict.ended(request, self._log)
         self._report()

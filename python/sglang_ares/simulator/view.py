@@ -92,17 +92,22 @@ class DecodeView:
         self._expected: dict[int, float] = {}
         self._queued_remaining = np.zeros(count)
         self._table: WorkerTable | None = None
-        self._reported_s = 0.0
+        # When the loads that a placement sees were reported.
+        self.reported_s = 0.0
 
     def workers(self, now: float) -> WorkerTable:
         """The workers as a placement sees them."""
-        if self._table is None or now >= self._reported_s + self._interval_s:
+        if self._table is None or now >= self.reported_s + self._interval_s:
             columns, steps = self._read(now)
             self._table = _ReportedWorkers(
                 lambda: self._sum_remaining(self._requests(now, steps)), columns
             )
-            self._reported_s = now
+            self.reported_s = now
         return self._table
+
+    def report(self) -> None:
+        """The workers report before their time."""
+        self._table = None
 
     def note_dispatch(self, request: int, row: int, remaining: Remaining | None) -> None:
         """``request`` was placed on worker ``row``, which will report it later."""

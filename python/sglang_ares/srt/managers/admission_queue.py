@@ -12,10 +12,14 @@ from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER, next_in_tu
 if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
 
+# More tokens than there is room for: who was tried in vain is not tried again at once.
+_TRIED = 1 << 62
+
 
 class AdmissionQueue:
     """In order of arrival; a request leaves it when it is sent to its workers, or ends.
 
+    ``most_room``: tokens of the largest request that a worker has room for, None without workers;
     ``send`` sends a request's first attempt to workers with room; ``missing_role`` says why no
     worker will ever serve; ``end`` answers the client. ``unfit``: why nothing can be admitted by
     SLO here, if so. Times are monotonic seconds.
@@ -25,6 +29,7 @@ class AdmissionQueue:
         self,
         state: ClusterState,
         ttft_slo_s: float,
+        most_room: Callable[[], int | None],
         send: Callable[[Ownership], Sent],
         missing_role: Callable[[], str | None],
         end: Callable[[Ownership, int | None, str], None],
@@ -32,6 +37,7 @@ class AdmissionQueue:
     ) -> None:
         self._state = state
         self._slo_s = ttft_slo_s
+        self._most_room = most_room
         self._send = send
         self._missing_role = missing_role
         self._end = end
@@ -79,19 +85,27 @@ class AdmissionQueue:
         self._changed = False
         before, self._looked_at = self._looked_at, now
         arrived = [owner.dispatched_at for owner in self._waiting]
+        tokens = [len(owner.request.input_ids or ()) for owner in self._waiting]
         while self._waiting:
-            at = next_in_turn(arrived, now, self._slo_s, self.admitted)
+            # One that waits alone is simply tried.
+            most = self._most_room() if len(self._waiting) > 1 else None
+            at = (
+                next_in_turn(arrived, tokens, most, now, self._slo_s, self.admitted)
+                if most is not None
+                else 0
+            )
+            if at is None or tokens[at] == _TRIED:
+                return
             owner, waited = self._waiting[at], arrived[at] <= before
             sent = self._send(owner)
-            if sent is Sent.NO_ROOM:
-                return
+            reason = self._missing_role() if sent is Sent.NO_WORKER else None
+            if sent is Sent.NO_ROOM or (sent is Sent.NO_WORKER and waited and reason is None):
+                # It has to stay on this host, or the workers start anew: it waits on.
+                tokens[at] = _TRIED
+                continue
             if sent is Sent.NO_WORKER:
-                reason = self._missing_role()
-                if waited and reason is None:
-                    # Workers start anew; until they have, it goes on waiting.
-                    return
                 self._state.forget(owner.rid)
                 self._end(owner, 503, reason or "all workers of a role are starting anew")
             else:
                 self.admitted += waited
-            del self._waiting[at], arrived[at]
+            del self._waiting[at], arrived[at], tokens[at]

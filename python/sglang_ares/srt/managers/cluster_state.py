@@ -15,6 +15,7 @@ from sglang_ares.srt.managers.io_struct import (
     Adopted,
     FirstEstimates,
     Landed,
+    LoadUpdate,
     Message,
     MigrationResult,
     WorkerReport,
@@ -298,7 +299,7 @@ class ClusterState:
 
     def fault(self, message: Message) -> str | None:
         """What is wrong with a worker's message that decodes, if anything."""
-        if isinstance(message, WorkerReport):
+        if isinstance(message, (WorkerReport, LoadUpdate)):
             view = self.workers.get(message.worker_id)
             if view is None:
                 return f"there is no worker {message.worker_id}"
@@ -318,6 +319,15 @@ class ClusterState:
         ):
             return f"worker {message.worker_id} or migration {message.migration_id} is unknown"
         return None
+
+    def note_load(self, update: LoadUpdate) -> None:
+        """A worker's load between two reports."""
+        view = self.workers.get(update.worker_id)
+        if view is None or view.report is None or update.incarnation != view.incarnation:
+            return
+        view.report = msgspec.structs.replace(view.report, load=update.load)
+        for request in update.load.requests:
+            view.dispatched.pop(request.rid, None)
 
     def note_report(self, report: WorkerReport) -> None:
         """A worker's load; what it finished is forgotten."""

@@ -62,6 +62,7 @@ from sglang_ares.srt.managers.io_struct import (
     HostLeaving,
     JoinQuery,
     Landed,
+    LoadUpdate,
     Message,
     MigrationResult,
     PeerDiedAck,
@@ -250,6 +251,7 @@ class AresController(DataParallelController):
         self.waiting = AdmissionQueue(
             self.state,
             self.ares_args.ttft_slo_ms / 1e3,
+            self.dispatcher.most_room,
             lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
             self.missing_role,
             self.end,
@@ -497,6 +499,9 @@ class AresController(DataParallelController):
                 self.laws.on_report(message)
             for own in (self.dropped, self.dropped_front):
                 self.metrics.dropped(own.where, own.total)
+        elif isinstance(message, LoadUpdate):
+            self.state.note_load(message)
+            self.waiting.cluster_changed()
         elif isinstance(message, MigrationResult):
             move = self.state.note_migration_result(message)
             if move is not None:

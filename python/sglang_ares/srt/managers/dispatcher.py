@@ -15,7 +15,7 @@ from sglang_ares.srt.disaggregation.refusals import TRAVEL, first_refusal
 from sglang_ares.srt.disaggregation.request_state import recompute_input, spec_of, unpack_ids
 from sglang_ares.srt.managers.io_struct import Resume
 from sglang_ares.srt.managers.probes import is_probe
-from sglang_ares.srt.policy.admission import has_room
+from sglang_ares.srt.policy.admission import room
 from sglang_ares.srt.policy.registry import PLACEMENT
 from sglang_ares.srt.policy.types import DECODE, PREFILL, NewRequest
 
@@ -87,10 +87,10 @@ class Dispatcher:
             return Sent.NO_WORKER
         table = self._predictions.table(decode)
         if with_room:
-            room = np.flatnonzero(has_room(prompt_tokens, table, self._reserved))
-            if not len(room):
+            rows = np.flatnonzero(room(table, self._reserved) >= prompt_tokens)
+            if not len(rows):
                 return Sent.NO_ROOM
-            table = table.take(room)
+            table = table.take(rows)
         new = NewRequest(
             prompt_tokens=prompt_tokens,
             sequence=self._sequence,
@@ -98,6 +98,13 @@ class Dispatcher:
         )
         self._sequence += 1
         return self._place(new, self._predictions.table(prefill)), self._place(new, table)
+
+    def most_room(self) -> int | None:
+        """Tokens of the largest request that a decode worker has room for; None without one."""
+        decode = self._state.loads(DECODE)
+        if not decode:
+            return None
+        return int(room(self._predictions.table(decode), self._reserved).max())
 
     def _here(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
         """Those of workers on this host."""

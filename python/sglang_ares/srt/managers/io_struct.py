@@ -234,6 +234,14 @@ class WorkerReport(Message, frozen=True, kw_only=True):
     predictions: PredictionReport | None = None
 
 
+class LoadUpdate(Message, frozen=True, kw_only=True):
+    """A worker's load between two reports: a request has ended, and there is room."""
+
+    worker_id: WorkerId
+    incarnation: Count
+    load: WorkerLoad
+
+
 class MigrationResult(Message, frozen=True, kw_only=True):
     """How a migration ended, told by its source.
 
@@ -584,6 +592,7 @@ WorkerInbound = (
 ControllerInbound = (
     Heartbeat
     | WorkerReport
+    | LoadUpdate
     | FirstEstimates
     | MigrationResult
     | Landed

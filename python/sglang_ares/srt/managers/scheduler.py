@@ -194,6 +194,7 @@ class AresScheduler(Scheduler):
             # Upstream's loop goes no further while paused; migrations under way must end.
             self.migrations.tick(now)
         self.ares.report_load(self, now)
+        self.ares.tell_of_room(self)
         if self._role_switch is not None:
             self._role_switch.step(now)
         return received

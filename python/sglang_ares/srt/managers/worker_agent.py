@@ -17,6 +17,7 @@ from sglang_ares.srt.managers.io_struct import (
     Decoder,
     FirstEstimates,
     Landed,
+    LoadUpdate,
     Message,
     Peer,
     PoolCounters,
@@ -47,6 +48,8 @@ CONTROLLER: Final = "controller"
 # Ends of decode steps kept to count those within a pause; weight of the newest step in the mean.
 _STEPS_REMEMBERED: Final = 256
 _STEP_WEIGHT: Final = 0.1
+# A load that is told before its time follows the last one after this share of the interval.
+_AT_ONCE: Final = 0.1
 
 # Rids remembered of requests that are gone.
 _REMEMBERED: Final = 8192
@@ -101,6 +104,10 @@ class WorkerAgent:
         self._last_prefill_end = float("-inf")
         # Output lengths of requests that came to their end here since the last report.
         self._ended_lengths: list[int] = []
+        # Whether one has ended since the load was told last, and when that was.
+        self._has_ended = False
+        self._last_told = float("-inf")
+        self._step_ms = 0.0
         self.retracted = 0
         # Attempts that were declared void, and requests whose client has left.
         self._void: OrderedDict[str, None] = OrderedDict()
@@ -210,7 +217,10 @@ class WorkerAgent:
 
     def note_ended(self, output_tokens: int) -> None:
         """A request came to its end, with so much output; nobody aborted it."""
-        if self.speaks and len(self._ended_lengths) < MAX_LISTED:
+        if not self.speaks:
+            return
+        self._has_ended = True
+        if len(self._ended_lengths) < MAX_LISTED:
             self._ended_lengths.append(output_tokens)
 
     def after_decode_step(self, reqs: list[Req], now: float, continuous: bool) -> None:
@@ -288,6 +298,8 @@ class WorkerAgent:
         step_ms = 1e3 * self._decode_time_s / self._decode_steps if self._decode_steps else 0.0
         self._decode_steps = 0
         self._decode_time_s = 0.0
+        self._step_ms = step_ms
+        self._note_told()
         self.report(
             WorkerReport(
                 worker_id=self.worker_id,
@@ -307,6 +319,20 @@ class WorkerAgent:
             )
         )
         self._ended_lengths = []
+
+    def tell_of_room(self, scheduler: AresScheduler) -> None:
+        """If a request has ended, tell the load without waiting for the report's turn: others may
+        wait for the memory. This rank's own affair: nobody is forgotten here."""
+        now = time.monotonic()
+        if not self._has_ended or now - self._last_told < _AT_ONCE * self._interval_s:
+            return
+        self._note_told()
+        load = self._load(scheduler, now, self._step_ms)
+        self.report(LoadUpdate(worker_id=self.worker_id, incarnation=self.incarnation, load=load))
+
+    def _note_told(self) -> None:
+        self._has_ended = False
+        self._last_told = time.monotonic()
 
     def _prefill_law(self) -> tuple[float, float, float] | None:
         law = self._prefill_time.law()

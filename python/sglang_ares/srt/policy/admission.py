@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
-from sglang_ares.srt.policy.snapshot import Bools, WorkerTable
+from sglang_ares.srt.policy.snapshot import Ints, WorkerTable
 
 WORKER, SLO = "worker", "slo"
 ADMISSIONS = (WORKER, SLO)
@@ -26,22 +27,33 @@ _IN_TIME = 0.85
 _OLDEST_EVERY = 8
 
 
-def has_room(tokens: int, workers: WorkerTable, reserved_tokens: int) -> Bools:
-    """``(W,)`` which workers have KV memory for a request of ``tokens`` tokens.
+def room(workers: WorkerTable, reserved_tokens: int) -> Ints:
+    """``(W,)`` tokens of the largest request that each worker has KV memory for.
 
     As upstream admits: with ``reserved_tokens`` left for each request that is there or on its way,
     and for this one; an empty worker takes whatever it can hold.
     """
     present = workers.running + workers.queued
-    free = workers.kv_capacity - workers.load_tokens
-    fits = tokens + reserved_tokens * (present + 1) <= free
-    return np.asarray(fits | ((present == 0) & (tokens <= free)))
+    kept = reserved_tokens * np.where(present > 0, present + 1, 0)
+    return np.asarray(workers.kv_capacity - workers.load_tokens - kept)
 
 
-def next_in_turn(arrived_s: Sequence[float], now_s: float, ttft_slo_s: float, admitted: int) -> int:
-    """Which of the requests that arrived at ``arrived_s`` (ascending, at least one) is to be let in
-    next: its index. ``admitted``: how many of those that had to wait were let in before."""
+def next_in_turn(
+    arrived_s: Sequence[float],
+    tokens: Sequence[int],
+    most: int,
+    now_s: float,
+    ttft_slo_s: float,
+    admitted: int,
+) -> int | None:
+    """Which of the waiting requests is to be let in next: its index, None if none yet.
+
+    ``arrived_s``: when each arrived, ascending; ``tokens`` of each; ``most``: tokens of the largest
+    that some worker has room for. ``admitted``: how many of those that had to wait were let in
+    before. Smaller ones pass those that do not fit, except in the turn of the oldest.
+    """
     if admitted % _OLDEST_EVERY == _OLDEST_EVERY - 1:
-        return 0
-    in_time = bisect_right(arrived_s, now_s - _IN_TIME * ttft_slo_s)
-    return in_time if in_time < len(arrived_s) else 0
+        return 0 if tokens and tokens[0] <= most else None
+    late = bisect_right(arrived_s, now_s - _IN_TIME * ttft_slo_s)
+    turns = chain(range(late, len(tokens)), range(late))
+    return next((i for i in turns if tokens[i] <= most), None)
