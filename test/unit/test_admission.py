@@ -19,11 +19,13 @@ from sglang_ares.simulator.config import SimulationError
 from sglang_ares.simulator.decode_worker import DecodeWorker
 from sglang_ares.simulator.roles import RolesConfig
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
-from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
-from sglang_ares.srt.managers.dispatcher import Sent
+from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership, WorkerView
+from sglang_ares.srt.managers.dispatcher import Dispatcher, Sent
+from sglang_ares.srt.managers.io_struct import LoadUpdate, WorkerReport
+from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.policy.admission import next_in_turn, room
 from sglang_ares.srt.policy.snapshot import WorkerTable
-from sglang_ares.srt.policy.types import DECODE, StepTime, WorkerLoad
+from sglang_ares.srt.policy.types import DECODE, PREFILL, RequestLoad, StepTime, WorkerLoad
 
 SLO_S = 2.0
 PROFILE = load_profile("24gb-qwen2.5-7b")
@@ -118,11 +120,13 @@ def test_nobody_waits_for_ever(rate: int, seed: int) -> None:
 
 
 class Queue(AdmissionQueue):
-    """The real one; workers have room for ``room`` more requests, of a token each."""
+    """The real one; one worker, with room for ``room`` more tokens."""
 
     def __init__(self, room: int) -> None:
         self.room = room
         self.no_worker = False
+        # Requests that have to stay on the server's host, and what becomes of them.
+        self.tied: dict[str, Sent] = {}
         self.missing: str | None = None
         self.sent: list[str] = []
         self.answered: list[tuple[str, int | None, str]] = []
@@ -135,21 +139,21 @@ class Queue(AdmissionQueue):
             lambda: self.missing,
             self.answer,
         )
+        self.use("slo")
 
-    def try_to_send(self, owner: Ownership) -> Sent:
-        if self.no_worker:
-            return Sent.NO_WORKER
-        if not self.room:
-            return Sent.NO_ROOM
-        self.room -= 1
+    def try_to_send(self, owner: Ownership, with_room: bool) -> Sent:
+        if owner.rid in self.tied:
+            return self.tied[owner.rid]
+        assert not with_room or len(owner.request.input_ids) <= self.room
+        self.room -= len(owner.request.input_ids)
         self.sent.append(owner.rid)
         return Sent.SENT
 
     def answer(self, owner: Ownership, status: int | None, reason: str) -> None:
         self.answered.append((owner.rid, status, reason))
 
-    def come(self, rid: str, at: float) -> Ownership:
-        request = SimpleNamespace(input_ids=[1])
+    def come(self, rid: str, at: float, tokens: int = 1) -> Ownership:
+        request = SimpleNamespace(input_ids=[1] * tokens)
         owner = Ownership(rid, request, -1, -1, dispatched_at=at)
         self.arrive(owner)
         self.let_in(at)
@@ -178,6 +182,41 @@ def test_late_ones_yield_and_come_last() -> None:
         queue.come(rid, at)
     queue.free(4, 4.0)
     assert queue.sent == ["in time", "new", "late", "later"]
+
+
+def test_small_ones_that_never_wait_do_not_starve_a_large_one() -> None:
+    """Each fits as it comes; after some of them the large one has its turn, and they wait."""
+    queue = Queue(room=10)
+    queue.come("large", 0.0, tokens=50)
+    for i in range(20):
+        queue.free(10, float(i))
+        queue.come(f"small {i}", i + 0.5)
+    assert len([rid for rid in queue.sent if rid.startswith("small")]) == 7
+    queue.free(60, 30.0)
+    assert queue.sent[7] == "large"
+
+
+def test_one_that_is_tied_to_a_host_holds_up_nobody() -> None:
+    """Neither while its host is full nor, in the turn of the oldest, ever."""
+    queue = Queue(room=0)
+    queue.tied["tied"] = Sent.NO_ROOM
+    queue.come("tied", 0.0)
+    for i in range(20):
+        queue.come(f"free {i}", 1.0 + i)
+    queue.free(20, 50.0)
+    assert queue.sent == [f"free {i}" for i in range(20)]
+    queue.tied["tied"] = Sent.NO_WORKER
+    queue.free(1, 51.0)
+    assert queue.answered == [("tied", 503, "no worker of the server's own host takes requests")]
+
+
+def test_those_that_wait_go_to_the_workers_when_it_is_to_be_waited_there() -> None:
+    queue = Queue(room=0)
+    for i in range(3):
+        queue.come(str(i), float(i))
+    assert queue.use("worker") is None
+    queue.let_in(10.0)
+    assert queue.sent == ["0", "1", "2"] and not len(queue)
 
 
 def test_who_leaves_does_not_hold_up_the_others() -> None:
@@ -212,7 +251,7 @@ def test_admission_by_slo_needs_one() -> None:
         ClusterState([]),
         0.0,
         lambda: None,
-        lambda owner: Sent.SENT,
+        lambda owner, with_room: Sent.SENT,
         lambda: None,
         lambda *answer: None,
         AresArgs().why_not_by_slo,
@@ -264,3 +303,80 @@ def test_where_memory_is_short_more_are_in_time() -> None:
 def test_what_cannot_be_simulated_is_said(changes: dict[str, Any], remedy: str) -> None:
     with pytest.raises(SimulationError, match=remedy):
         SimulationConfig(**({"ttft_slo_ms": 2000.0} | changes))
+
+
+# --- what the controller knows of room ------------------------------------------------------------
+
+
+def load(worker_id: int, kv_tokens: int, *rids: str) -> WorkerLoad:
+    requests = tuple(
+        RequestLoad(rid=rid, tokens=10, output_tokens=1, age_s=0.0, since_move_s=0.0, movable=True)
+        for rid in rids
+    )
+    return WorkerLoad(
+        worker_id=worker_id,
+        role=DECODE,
+        kv_tokens=kv_tokens,
+        kv_capacity=1000,
+        running=len(rids),
+        queued=0,
+        queued_tokens=0,
+        requests=requests,
+    )
+
+
+def two_decode_workers() -> ClusterState:
+    state = ClusterState([WorkerView(i, role, [], 1000) for i, role in enumerate(ROLES)])
+    for worker_id in (1, 2):
+        pools: Any = None
+        state.note_report(
+            WorkerReport(
+                worker_id=worker_id,
+                incarnation=0,
+                load=load(worker_id, 900, "a#00", "b#00"),
+                finished=[],
+                pools=pools,
+                migrations_in=0,
+                migrations_out=0,
+                retracted=0,
+                decode_step_ms=1.0,
+            )
+        )
+    return state
+
+
+ROLES = (PREFILL, DECODE, DECODE)
+
+
+def test_an_early_load_replaces_the_reported_one() -> None:
+    state = two_decode_workers()
+    view = state.workers[2]
+    view.dispatched = {"c#00": 30, "d#00": 40}
+    state.note_load(LoadUpdate(worker_id=2, incarnation=0, load=load(2, 300, "c#00")))
+    assert (view.load().kv_tokens, view.load().queued_tokens) == (300, 40)
+    assert [r.rid for r in view.load().requests] == ["c#00"]
+    state.note_load(LoadUpdate(worker_id=2, incarnation=7, load=load(2, 0)))
+    assert view.load().kv_tokens == 300
+    assert state.fault(LoadUpdate(worker_id=0, incarnation=0, load=load(0, 0))) is not None
+    state.note_lost(2)
+    state.note_load(LoadUpdate(worker_id=2, incarnation=0, load=load(2, 5)))
+    assert view.report is None
+
+
+def test_a_request_goes_to_a_worker_with_room() -> None:
+    """By the worker's id, not by its place among those that have room."""
+    state = two_decode_workers()
+    nothing: Any = None
+    dispatcher = Dispatcher(
+        state, nothing, [], "least_tokens", nothing, nothing, LengthPredictions(use_prior=True), 100
+    )
+    assert dispatcher.most_room() == 1000 - 900 - 3 * 100
+    assert dispatcher.choose(50, with_room=True) is Sent.NO_ROOM
+    assert dispatcher.choose(50) == (0, 1)
+    state.note_load(LoadUpdate(worker_id=2, incarnation=0, load=load(2, 300, "a#00")))
+    assert dispatcher.most_room() == 500
+    assert dispatcher.choose(500, with_room=True) == (0, 2)
+    assert dispatcher.choose(501, with_room=True) is Sent.NO_ROOM
+    state.workers[0].draining = True
+    assert dispatcher.most_room() is None
+    assert dispatcher.choose(1, with_room=True) is Sent.NO_WORKER

@@ -99,7 +99,7 @@ class Controller(AresController):
             self.state,
             2.0,
             self.dispatcher.most_room,
-            lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
+            lambda owner, with_room: self.dispatcher.send_attempt(owner, None, with_room=with_room),
             self.missing_role,
             self.end,
         )

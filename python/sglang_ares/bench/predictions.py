@@ -44,6 +44,8 @@ class PredictionWatch:
     def note(self, request: dict[str, Any]) -> None:
         """One entry of the document."""
         rid, predicted = request["rid"], request["predicted_remaining"]
+        if request["worker"] is None:
+            return
         if request["worker"] != self._worker.setdefault(rid, request["worker"]):
             self.moves[rid] += 1
             self._worker[rid] = request["worker"]

@@ -81,5 +81,6 @@ class HeldRequests:
                 return
             new = self._held.pop(at)
             rows = np.flatnonzero(self._tokens.pop(at) <= free)
-            self._admitted += self._arrived_s.pop(at) < now
+            # It had waited itself, or has passed one that waits.
+            self._admitted += self._arrived_s.pop(at) < now or at > 0
             self._bind(new, workers if len(rows) == len(workers) else workers.take(rows))

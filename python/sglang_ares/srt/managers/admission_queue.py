@@ -20,9 +20,9 @@ class AdmissionQueue:
     """In order of arrival; a request leaves it when it is sent to its workers, or ends.
 
     ``most_room``: tokens of the largest request that a worker has room for, None without workers;
-    ``send`` sends a request's first attempt to workers with room; ``missing_role`` says why no
-    worker will ever serve; ``end`` answers the client. ``unfit``: why nothing can be admitted by
-    SLO here, if so. Times are monotonic seconds.
+    ``send`` sends a request's first attempt, to workers with room if it is told so;
+    ``missing_role`` says why no worker will ever serve; ``end`` answers the client. ``unfit``: why
+    nothing can be admitted by SLO here, if so. Times are monotonic seconds.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class AdmissionQueue:
         state: ClusterState,
         ttft_slo_s: float,
         most_room: Callable[[], int | None],
-        send: Callable[[Ownership], Sent],
+        send: Callable[[Ownership, bool], Sent],
         missing_role: Callable[[], str | None],
         end: Callable[[Ownership, int | None, str], None],
         unfit: str | None = None,
@@ -43,7 +43,7 @@ class AdmissionQueue:
         self._end = end
         self._unfit = unfit
         self._waiting: list[Ownership] = []
-        # Of those that waited.
+        # Requests let in that had waited, or passed others that wait.
         self.admitted = 0
         self._changed = False
         self._looked_at = -math.inf
@@ -53,13 +53,14 @@ class AdmissionQueue:
         return len(self._waiting)
 
     def use(self, admission: str) -> str | None:
-        """Admit like this from now on, or why that is not possible. Those that wait stay in order,
-        and go to a worker with room in any case."""
+        """Admit like this from now on, or why that is not possible. Those that wait for room go to
+        the workers in order if it is to be waited there."""
         if admission not in ADMISSIONS:
             return f"there is no admission {admission!r}; choose one of: {', '.join(ADMISSIONS)}"
         if admission == SLO and self._unfit:
             return self._unfit
         self.admission = admission
+        self._changed = True
         return None
 
     def arrive(self, owner: Ownership) -> None:
@@ -86,26 +87,38 @@ class AdmissionQueue:
         before, self._looked_at = self._looked_at, now
         arrived = [owner.dispatched_at for owner in self._waiting]
         tokens = [len(owner.request.input_ids or ()) for owner in self._waiting]
+        by_slo = self.admission == SLO
         while self._waiting:
-            # One that waits alone is simply tried.
-            most = self._most_room() if len(self._waiting) > 1 else None
-            at = (
-                next_in_turn(arrived, tokens, most, now, self._slo_s, self.admitted)
-                if most is not None
-                else 0
-            )
-            if at is None or tokens[at] == _TRIED:
+            most = self._most_room()
+            if most is None:
+                self._turn_away(since=before)
                 return
-            owner, waited = self._waiting[at], arrived[at] <= before
-            sent = self._send(owner)
-            reason = self._missing_role() if sent is Sent.NO_WORKER else None
-            if sent is Sent.NO_ROOM or (sent is Sent.NO_WORKER and waited and reason is None):
-                # It has to stay on this host, or the workers start anew: it waits on.
+            # One that found no room though there is some has to stay on this host.
+            turns = 0 if tokens[0] == _TRIED else self.admitted
+            at = next_in_turn(arrived, tokens, most, now, self._slo_s, turns) if by_slo else 0
+            if at is None:
+                return
+            owner = self._waiting[at]
+            sent = self._send(owner, by_slo)
+            if sent is Sent.NO_ROOM:
                 tokens[at] = _TRIED
                 continue
             if sent is Sent.NO_WORKER:
-                self._state.forget(owner.rid)
-                self._end(owner, 503, reason or "all workers of a role are starting anew")
-            else:
-                self.admitted += waited
+                self._refuse(owner, "no worker of the server's own host takes requests")
+            elif at or arrived[at] <= before:
+                # It had waited itself, or has passed one that waits.
+                self.admitted += 1
             del self._waiting[at], arrived[at], tokens[at]
+
+    def _turn_away(self, since: float) -> None:
+        """No worker of a role takes requests. Those that came after ``since`` are told so; those
+        that waited before wait until there is one again, unless there will be none."""
+        reason = self._missing_role()
+        away = [o for o in self._waiting if reason is not None or o.dispatched_at > since]
+        for owner in away:
+            self._waiting.remove(owner)
+            self._refuse(owner, reason or "all workers of a role are starting anew")
+
+    def _refuse(self, owner: Ownership, reason: str) -> None:
+        self._state.forget(owner.rid)
+        self._end(owner, 503, reason)

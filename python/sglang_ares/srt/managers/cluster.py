@@ -209,6 +209,7 @@ class WorkerCluster:
             time_dilation=ares_args.time_dilation,
             laws=self._laws.for_worker(),
             emulate_predictions=ares_args.emulate_predictions,
+            tells_of_room=ares_args.why_not_by_slo is None,
             predictor=""
             if self._profile is not None
             else str(chosen_head(ares_args.predictor, worker_args.model_path) or ""),

@@ -252,7 +252,7 @@ class AresController(DataParallelController):
             self.state,
             self.ares_args.ttft_slo_ms / 1e3,
             self.dispatcher.most_room,
-            lambda owner: self.dispatcher.send_attempt(owner, None, with_room=True),
+            lambda owner, with_room: self.dispatcher.send_attempt(owner, None, with_room=with_room),
             self.missing_role,
             self.end,
             self.ares_args.why_not_by_slo,

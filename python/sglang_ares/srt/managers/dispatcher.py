@@ -100,9 +100,10 @@ class Dispatcher:
         return self._place(new, self._predictions.table(prefill)), self._place(new, table)
 
     def most_room(self) -> int | None:
-        """Tokens of the largest request that a decode worker has room for; None without one."""
+        """Tokens of the largest request that a decode worker has room for; None if a role has no
+        worker that takes requests."""
         decode = self._state.loads(DECODE)
-        if not decode:
+        if not decode or not self._state.with_role(PREFILL):
             return None
         return int(room(self._predictions.table(decode), self._reserved).max())
 

@@ -75,6 +75,7 @@ class WorkerAgent:
         self.incarnation = spec.incarnation
         self.speaks = speaks
         self._interval_s = spec.report_interval_s
+        self._tells_of_room = spec.tells_of_room
         self._decoder = Decoder(WorkerInbound)
         self.dropped = DroppedFrames(f"worker-{spec.worker_id}")
         self._mailbox: Mailbox | None = None
@@ -219,7 +220,7 @@ class WorkerAgent:
         """A request came to its end, with so much output; nobody aborted it."""
         if not self.speaks:
             return
-        self._has_ended = True
+        self._has_ended = self._tells_of_room
         if len(self._ended_lengths) < MAX_LISTED:
             self._ended_lengths.append(output_tokens)
 

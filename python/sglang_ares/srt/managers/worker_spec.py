@@ -49,5 +49,7 @@ class WorkerSpec:
     time_dilation: float = 1.0
     laws: Laws = NO_LAWS
     emulate_predictions: str = "none"
+    # Whether anybody may wait for its memory in the controller.
+    tells_of_room: bool = False
     outputs_endpoint: str | None = None
     lease: Any = None

@@ -30,8 +30,8 @@ _OLDEST_EVERY = 8
 def room(workers: WorkerTable, reserved_tokens: int) -> Ints:
     """``(W,)`` tokens of the largest request that each worker has KV memory for.
 
-    As upstream admits: with ``reserved_tokens`` left for each request that is there or on its way,
-    and for this one; an empty worker takes whatever it can hold.
+    Much as upstream admits: with ``reserved_tokens`` left for each request that is there or on its
+    way, and for this one; an empty worker takes whatever it can hold.
     """
     present = workers.running + workers.queued
     kept = reserved_tokens * np.where(present > 0, present + 1, 0)
@@ -49,8 +49,8 @@ def next_in_turn(
     """Which of the waiting requests is to be let in next: its index, None if none yet.
 
     ``arrived_s``: when each arrived, ascending; ``tokens`` of each; ``most``: tokens of the largest
-    that some worker has room for. ``admitted``: how many of those that had to wait were let in
-    before. Smaller ones pass those that do not fit, except in the turn of the oldest.
+    that some worker has room for. ``admitted``: how many were let in before that had to wait, or
+    passed others that do. Smaller ones pass what does not fit, except in the turn of the oldest.
     """
     if admitted % _OLDEST_EVERY == _OLDEST_EVERY - 1:
         return 0 if tokens and tokens[0] <= most else None
