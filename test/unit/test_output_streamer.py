@@ -15,6 +15,7 @@ from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOu
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.profiles.laws import NO_LAWS
+from sglang_ares.srt.managers import worker_agent
 from sglang_ares.srt.managers.io_struct import Message, RequestFailed
 from sglang_ares.srt.managers.output_streamer import (
     KV_FAILURES,
@@ -37,6 +38,7 @@ class Agent(WorkerAgent):
             role="decode",
             incarnation=0,
             report_interval_s=1.0,
+            tells_of_room=True,
             laws=NO_LAWS,
             outputs_endpoint=None,
         )
@@ -141,6 +143,34 @@ def test_the_lengths_of_what_came_to_its_end_are_noted_once(
     ended.finished_output = True
     stream(DECODE, ended)
     assert lengths == [7]
+
+
+def test_the_load_is_told_soon_after_an_end(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for ends that follow each other closely; never where nobody waits for room."""
+    scheduler: Any = SimpleNamespace()
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0])
+    monkeypatch.setattr(worker_agent, "time", clock)
+    updates: list[float] = []
+    monkeypatch.setattr(agent, "speaks", True)
+    monkeypatch.setattr(agent, "_load", lambda *of: None)
+    monkeypatch.setattr(agent, "report", lambda message: updates.append(now[0]))
+    for now[0], ended in (
+        (100.0, False),
+        (100.1, True),
+        (100.15, True),
+        (100.19, False),
+        (100.21, False),
+    ):
+        if ended:
+            agent.note_ended(7)
+        agent.tell_of_room(scheduler)
+    assert updates == [100.1, 100.21]
+    agent._tells_of_room = False
+    now[0] = 200.0
+    agent.note_ended(7)
+    agent.tell_of_room(scheduler)
+    assert len(updates) == 2
 
 
 def test_an_end_without_a_token_is_streamed(agent: Agent, told: Told) -> None:
