@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,9 +72,17 @@ def test_there_is_room_where_upstream_would_admit(
 # --- turns ----------------------------------------------------------------------------------------
 
 
-def turn(arrived: list[float], now: float, admitted: int = 0) -> int | None:
-    """Whose turn it is where all are alike and there is room."""
-    return next_in_turn(arrived, [10] * len(arrived), 10, now, SLO_S, admitted)
+def turn(
+    arrived: list[float],
+    now: float,
+    admitted: int = 0,
+    tokens: list[int] | None = None,
+    free: tuple[int, ...] = (10,),
+) -> int | None:
+    """Whose turn it is; all are alike and there is room unless it is said otherwise."""
+    tokens = tokens or [10] * len(arrived)
+    found = next_in_turn(arrived, tokens, np.array(free), now, SLO_S, admitted)
+    return None if found is None else found.request
 
 
 def test_the_oldest_of_those_in_time_is_next() -> None:
@@ -97,8 +106,48 @@ def test_small_ones_pass_what_does_not_fit_but_for_the_oldest_in_its_turn() -> N
         (40, 7, None),
         (40, 8, 2),
     ):
-        assert next_in_turn(arrived, tokens, most, 10.0, SLO_S, admitted) == expected
-    assert next_in_turn([0.0, 9.0], [50, 80], 60, 10.0, SLO_S, 0) == 0
+        assert turn(arrived, 10.0, admitted, tokens, (most,)) == expected
+    assert turn([0.0, 9.0], 10.0, 0, [50, 80], (60,)) == 0
+
+
+def test_in_the_turn_of_the_oldest_the_roomiest_worker_is_kept_for_it() -> None:
+    arrived, tokens = [0.0, 9.0, 9.5], [50, 35, 20]
+
+    def next_one(*free: int) -> tuple[int, list[int], bool] | None:
+        found = next_in_turn(arrived, tokens, np.array(free), 10.0, SLO_S, 7)
+        return None if found is None else (found.request, found.rows.tolist(), found.counts)
+
+    assert next_one(30, 40, 25) == (2, [0, 2], False)
+    assert next_one(30, 60, 50) == (0, [1, 2], True)
+    assert next_one(40, 40, 10) == (1, [1], False)
+    assert next_one(10, 40, 10) is None
+
+
+@given(
+    ages=st.lists(st.floats(0, 9), max_size=6),
+    sizes=st.lists(st.integers(1, 100), min_size=6, max_size=6),
+    free=st.lists(st.integers(-50, 100), min_size=1, max_size=4),
+    admitted=st.integers(0, 16),
+)
+def test_who_is_let_in_fits_and_keeps_the_oldest_from_nothing(
+    ages: list[float], sizes: list[int], free: list[int], admitted: int
+) -> None:
+    tokens = sizes[: len(ages)]
+    arrived = sorted(9.0 - age for age in ages)
+    found = next_in_turn(arrived, tokens, np.array(free), 9.0, SLO_S, admitted)
+    fitting = [i for i, size in enumerate(tokens) if size <= max(free)]
+    if found is None:
+        others = sorted(free)[:-1] or [-1]
+        assert not fitting or (admitted % 8 == 7 and min(tokens) > max(others))
+        return
+    assert found.request in fitting and len(found.rows)
+    assert all(free[row] >= tokens[found.request] for row in found.rows)
+    if admitted % 8 == 7 and found.request:
+        assert tokens[0] > max(free)
+        most_left = max(
+            free[row] - tokens[found.request] * (row in found.rows) for row in range(len(free))
+        )
+        assert most_left == max(free) and not found.counts
 
 
 @given(rate=st.integers(1, 20), seed=st.integers(0, 1000))
@@ -120,10 +169,10 @@ def test_nobody_waits_for_ever(rate: int, seed: int) -> None:
 
 
 class Queue(AdmissionQueue):
-    """The real one; one worker, with room for ``room`` more tokens."""
+    """The real one; workers with ``rooms`` for more tokens, the roomiest of which is chosen."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
+    def __init__(self, *rooms: int) -> None:
+        self.free_tokens = np.array(rooms)
         self.no_worker = False
         # Requests that have to stay on the server's host, and what becomes of them.
         self.tied: dict[str, Sent] = {}
@@ -134,18 +183,20 @@ class Queue(AdmissionQueue):
         super().__init__(
             self.state,
             SLO_S,
-            lambda: None if self.no_worker else self.room,
+            lambda: None if self.no_worker else (np.arange(len(rooms)), self.free_tokens),
             self.try_to_send,
             lambda: self.missing,
             self.answer,
         )
         self.use("slo")
 
-    def try_to_send(self, owner: Ownership, with_room: bool) -> Sent:
+    def try_to_send(self, owner: Ownership, among: Collection[int] | None) -> Sent:
         if owner.rid in self.tied:
             return self.tied[owner.rid]
-        assert not with_room or len(owner.request.input_ids) <= self.room
-        self.room -= len(owner.request.input_ids)
+        size = len(owner.request.input_ids)
+        chosen = max(among or range(len(self.free_tokens)), key=lambda i: self.free_tokens[i])
+        assert among is None or size <= self.free_tokens[chosen]
+        self.free_tokens[chosen] -= size
         self.sent.append(owner.rid)
         return Sent.SENT
 
@@ -159,14 +210,14 @@ class Queue(AdmissionQueue):
         self.let_in(at)
         return owner
 
-    def free(self, room: int, now: float) -> None:
-        self.room = room
+    def free(self, room: int, now: float, worker: int = 0) -> None:
+        self.free_tokens[worker] = room
         self.cluster_changed()
         self.let_in(now)
 
 
 def test_requests_pass_while_there_is_room_and_then_wait() -> None:
-    queue = Queue(room=1)
+    queue = Queue(1)
     queue.come("a", 0.0)
     queue.come("b", 0.1)
     assert queue.sent == ["a"] and len(queue) == 1 and queue.admitted == 0
@@ -177,7 +228,7 @@ def test_requests_pass_while_there_is_room_and_then_wait() -> None:
 
 
 def test_late_ones_yield_and_come_last() -> None:
-    queue = Queue(room=0)
+    queue = Queue(0)
     for rid, at in (("late", 0.0), ("later", 0.5), ("in time", 3.0), ("new", 3.5)):
         queue.come(rid, at)
     queue.free(4, 4.0)
@@ -186,7 +237,7 @@ def test_late_ones_yield_and_come_last() -> None:
 
 def test_small_ones_that_never_wait_do_not_starve_a_large_one() -> None:
     """Each fits as it comes; after some of them the large one has its turn, and they wait."""
-    queue = Queue(room=10)
+    queue = Queue(10)
     queue.come("large", 0.0, tokens=50)
     for i in range(20):
         queue.free(10, float(i))
@@ -196,10 +247,22 @@ def test_small_ones_that_never_wait_do_not_starve_a_large_one() -> None:
     assert queue.sent[7] == "large"
 
 
+def test_while_one_worker_is_kept_for_a_large_one_the_others_go_on() -> None:
+    queue = Queue(10, 20)
+    queue.come("large", 0.0, tokens=50)
+    for i in range(20):
+        queue.free(10, float(i))
+        queue.come(f"small {i}", i + 0.5)
+    # Seven took from the roomier one before it was kept.
+    assert len(queue.sent) == 20 and queue.free_tokens[1] == 20 - 7
+    queue.free(50, 30.0, worker=1)
+    assert queue.sent[20:] == ["large"]
+
+
 def test_one_that_is_tied_to_a_host_holds_up_nobody() -> None:
     """Neither while its host is full nor, in the turn of the oldest, ever."""
-    queue = Queue(room=0)
-    queue.tied["tied"] = Sent.NO_ROOM
+    queue = Queue(0)
+    queue.tied["tied"] = Sent.NOT_AMONG
     queue.come("tied", 0.0)
     for i in range(20):
         queue.come(f"free {i}", 1.0 + i)
@@ -211,7 +274,7 @@ def test_one_that_is_tied_to_a_host_holds_up_nobody() -> None:
 
 
 def test_those_that_wait_go_to_the_workers_when_it_is_to_be_waited_there() -> None:
-    queue = Queue(room=0)
+    queue = Queue(0)
     for i in range(3):
         queue.come(str(i), float(i))
     assert queue.use("worker") is None
@@ -220,7 +283,7 @@ def test_those_that_wait_go_to_the_workers_when_it_is_to_be_waited_there() -> No
 
 
 def test_who_leaves_does_not_hold_up_the_others() -> None:
-    queue = Queue(room=0)
+    queue = Queue(0)
     first = queue.come("first", 0.0)
     queue.come("second", 0.1)
     queue.remove(first)
@@ -231,12 +294,12 @@ def test_who_leaves_does_not_hold_up_the_others() -> None:
 
 def test_without_workers_new_ones_are_told_and_old_ones_wait() -> None:
     """Workers that start anew come back; those that are given up do not."""
-    queue = Queue(room=0)
+    queue = Queue(0)
     queue.come("old", 0.0)
     queue.no_worker = True
     queue.free(0, 0.1)
     assert not queue.answered and len(queue) == 1
-    empty = Queue(room=0)
+    empty = Queue(0)
     empty.no_worker = True
     empty.come("new", 0.0)
     assert empty.answered == [("new", 503, "all workers of a role are starting anew")]
@@ -251,7 +314,7 @@ def test_admission_by_slo_needs_one() -> None:
         ClusterState([]),
         0.0,
         lambda: None,
-        lambda owner, with_room: Sent.SENT,
+        lambda owner, among: Sent.SENT,
         lambda: None,
         lambda *answer: None,
         AresArgs().why_not_by_slo,
@@ -363,20 +426,25 @@ def test_an_early_load_replaces_the_reported_one() -> None:
     assert view.report is None
 
 
-def test_a_request_goes_to_a_worker_with_room() -> None:
-    """By the worker's id, not by its place among those that have room."""
+def test_a_request_goes_to_one_of_the_workers_that_are_named() -> None:
+    """By the worker's id, not by its place among those that are."""
     state = two_decode_workers()
     nothing: Any = None
     dispatcher = Dispatcher(
         state, nothing, [], "least_tokens", nothing, nothing, LengthPredictions(use_prior=True), 100
     )
-    assert dispatcher.most_room() == 1000 - 900 - 3 * 100
-    assert dispatcher.choose(50, with_room=True) is Sent.NO_ROOM
+
+    def rooms() -> dict[int, int] | None:
+        found = dispatcher.rooms()
+        return None if found is None else dict(zip(*map(np.ndarray.tolist, found), strict=True))
+
+    assert rooms() == {1: 1000 - 900 - 3 * 100, 2: 1000 - 900 - 3 * 100}
+    assert dispatcher.choose(50, among={0}) is Sent.NOT_AMONG
     assert dispatcher.choose(50) == (0, 1)
     state.note_load(LoadUpdate(worker_id=2, incarnation=0, load=load(2, 300, "a#00")))
-    assert dispatcher.most_room() == 500
-    assert dispatcher.choose(500, with_room=True) == (0, 2)
-    assert dispatcher.choose(501, with_room=True) is Sent.NO_ROOM
+    assert rooms() == {1: -200, 2: 500}
+    assert dispatcher.choose(500, among={2}) == (0, 2)
+    assert dispatcher.choose(500, among={1}) == (0, 1)
     state.workers[0].draining = True
-    assert dispatcher.most_room() is None
-    assert dispatcher.choose(1, with_room=True) is Sent.NO_WORKER
+    assert rooms() is None
+    assert dispatcher.choose(1, among={1, 2}) is Sent.NO_WORKER

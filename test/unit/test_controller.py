@@ -98,8 +98,8 @@ class Controller(AresController):
         self.waiting = AdmissionQueue(
             self.state,
             2.0,
-            self.dispatcher.most_room,
-            lambda owner, with_room: self.dispatcher.send_attempt(owner, None, with_room=with_room),
+            self.dispatcher.rooms,
+            lambda owner, among: self.dispatcher.send_attempt(owner, None, among),
             self.missing_role,
             self.end,
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.events import ADMIT, EventQueue
 from sglang_ares.simulator.view import DecodeView
@@ -73,14 +71,16 @@ class HeldRequests:
         while self._held:
             workers = self._view.workers(now)
             free = room(workers, self._reserved)
-            at = next_in_turn(
-                self._arrived_s, self._tokens, int(free.max()), now, self._slo_s, self._admitted
+            turn = next_in_turn(
+                self._arrived_s, self._tokens, free, now, self._slo_s, self._admitted
             )
-            if at is None:
+            if turn is None:
                 self._expect(self._view.reported_s + self._interval_s)
                 return
+            at, rows, counts = turn
             new = self._held.pop(at)
-            rows = np.flatnonzero(self._tokens.pop(at) <= free)
+            waited_s = now - self._arrived_s.pop(at)
+            del self._tokens[at]
             # It had waited itself, or has passed one that waits.
-            self._admitted += self._arrived_s.pop(at) < now or at > 0
+            self._admitted += counts and (waited_s > 0 or at > 0)
             self._bind(new, workers if len(rows) == len(workers) else workers.take(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from sglang_ares.srt.managers.dispatcher import Sent
@@ -11,6 +11,7 @@ from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER, next_in_tu
 
 if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
+    from sglang_ares.srt.policy.snapshot import Ints
 
 # More tokens than there is room for: who was tried in vain is not tried again at once.
 _TRIED = 1 << 62
@@ -19,8 +20,8 @@ _TRIED = 1 << 62
 class AdmissionQueue:
     """In order of arrival; a request leaves it when it is sent to its workers, or ends.
 
-    ``most_room``: tokens of the largest request that a worker has room for, None without workers;
-    ``send`` sends a request's first attempt, to workers with room if it is told so;
+    ``rooms``: ids of the decode workers and the tokens each has room for, None without workers;
+    ``send`` sends a request's first attempt, to one of these decode workers if some are given;
     ``missing_role`` says why no worker will ever serve; ``end`` answers the client. ``unfit``: why
     nothing can be admitted by SLO here, if so. Times are monotonic seconds.
     """
@@ -29,21 +30,22 @@ class AdmissionQueue:
         self,
         state: ClusterState,
         ttft_slo_s: float,
-        most_room: Callable[[], int | None],
-        send: Callable[[Ownership, bool], Sent],
+        rooms: Callable[[], tuple[Ints, Ints] | None],
+        send: Callable[[Ownership, Collection[int] | None], Sent],
         missing_role: Callable[[], str | None],
         end: Callable[[Ownership, int | None, str], None],
         unfit: str | None = None,
     ) -> None:
         self._state = state
         self._slo_s = ttft_slo_s
-        self._most_room = most_room
+        self._rooms = rooms
         self._send = send
         self._missing_role = missing_role
         self._end = end
         self._unfit = unfit
         self._waiting: list[Ownership] = []
-        # Requests let in that had waited, or passed others that wait.
+        # Requests let in that had waited, or passed others that wait; without those that went
+        # elsewhere while a worker was kept for the oldest.
         self.admitted = 0
         self._changed = False
         self._looked_at = -math.inf
@@ -87,25 +89,28 @@ class AdmissionQueue:
         before, self._looked_at = self._looked_at, now
         arrived = [owner.dispatched_at for owner in self._waiting]
         tokens = [len(owner.request.input_ids or ()) for owner in self._waiting]
-        by_slo = self.admission == SLO
         while self._waiting:
-            most = self._most_room()
-            if most is None:
+            rooms = self._rooms()
+            if rooms is None:
                 self._turn_away(since=before)
                 return
-            # One that found no room though there is some has to stay on this host.
-            turns = 0 if tokens[0] == _TRIED else self.admitted
-            at = next_in_turn(arrived, tokens, most, now, self._slo_s, turns) if by_slo else 0
-            if at is None:
-                return
+            at, among, counts = 0, None, True
+            if self.admission == SLO:
+                workers, free = rooms
+                # One that found no room though there is some has to stay on this host.
+                turns = 0 if tokens[0] == _TRIED else self.admitted
+                turn = next_in_turn(arrived, tokens, free, now, self._slo_s, turns)
+                if turn is None:
+                    return
+                at, counts, among = turn.request, turn.counts, set(workers[turn.rows].tolist())
             owner = self._waiting[at]
-            sent = self._send(owner, by_slo)
-            if sent is Sent.NO_ROOM:
+            sent = self._send(owner, among)
+            if sent is Sent.NOT_AMONG:
                 tokens[at] = _TRIED
                 continue
             if sent is Sent.NO_WORKER:
                 self._refuse(owner, "no worker of the server's own host takes requests")
-            elif at or arrived[at] <= before:
+            elif counts and (at or arrived[at] <= before):
                 # It had waited itself, or has passed one that waits.
                 self.admitted += 1
             del self._waiting[at], arrived[at], tokens[at]

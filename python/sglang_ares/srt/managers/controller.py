@@ -251,8 +251,8 @@ class AresController(DataParallelController):
         self.waiting = AdmissionQueue(
             self.state,
             self.ares_args.ttft_slo_ms / 1e3,
-            self.dispatcher.most_room,
-            lambda owner, with_room: self.dispatcher.send_attempt(owner, None, with_room=with_room),
+            self.dispatcher.rooms,
+            lambda owner, among: self.dispatcher.send_attempt(owner, None, among),
             self.missing_role,
             self.end,
             self.ares_args.why_not_by_slo,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 
 from sglang_ares.srt.disaggregation.refusals import TRAVEL, first_refusal
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from sglang_ares.srt.managers.remote_io import RemoteInput
     from sglang_ares.srt.managers.worker_input import WorkerInput
     from sglang_ares.srt.observability.metrics import ControllerMetrics
-    from sglang_ares.srt.policy.snapshot import WorkerTable
+    from sglang_ares.srt.policy.snapshot import Ints, WorkerTable
     from sglang_ares.srt.policy.types import WorkerLoad
 
 
@@ -38,7 +37,7 @@ class Sent(enum.Enum):
 
     SENT = "sent"
     NO_WORKER = "no worker of a role takes requests"
-    NO_ROOM = "no decode worker has room"
+    NOT_AMONG = "none of the decode workers that were named takes it"
 
 
 class Dispatcher:
@@ -75,37 +74,36 @@ class Dispatcher:
         self,
         prompt_tokens: int,
         req: TokenizedGenerateReqInput | None = None,
-        *,
-        with_room: bool = False,
+        among: Collection[int] | None = None,
     ) -> tuple[int, int] | Sent:
         """A prefill and a decode worker for a request, or why there are none: of this host if
-        ``req`` cannot travel to another, and a decode worker ``with_room`` if that is asked."""
+        ``req`` cannot travel to another, and a decode worker ``among`` these ids, if given."""
         prefill, decode = self._state.loads(PREFILL), self._state.loads(DECODE)
         if req is not None and first_refusal(TRAVEL, req) is not None:
             prefill, decode = self._here(prefill), self._here(decode)
         if not prefill or not decode:
             return Sent.NO_WORKER
-        table = self._predictions.table(decode)
-        if with_room:
-            rows = np.flatnonzero(room(table, self._reserved) >= prompt_tokens)
-            if not len(rows):
-                return Sent.NO_ROOM
-            table = table.take(rows)
+        if among is not None:
+            decode = [load for load in decode if load.worker_id in among]
+            if not decode:
+                return Sent.NOT_AMONG
         new = NewRequest(
             prompt_tokens=prompt_tokens,
             sequence=self._sequence,
             remaining=self._predictions.of_new(),
         )
         self._sequence += 1
-        return self._place(new, self._predictions.table(prefill)), self._place(new, table)
+        table = self._predictions.table
+        return self._place(new, table(prefill)), self._place(new, table(decode))
 
-    def most_room(self) -> int | None:
-        """Tokens of the largest request that a decode worker has room for; None if a role has no
-        worker that takes requests."""
+    def rooms(self) -> tuple[Ints, Ints] | None:
+        """``(W,)`` ids of the decode workers, and tokens of the largest request that each has room
+        for; None if a role has no worker that takes requests."""
         decode = self._state.loads(DECODE)
         if not decode or not self._state.with_role(PREFILL):
             return None
-        return int(room(self._predictions.table(decode), self._reserved).max())
+        table = self._predictions.table(decode)
+        return table.worker_id, room(table, self._reserved)
 
     def _here(self, loads: list[WorkerLoad]) -> list[WorkerLoad]:
         """Those of workers on this host."""
@@ -116,10 +114,13 @@ class Dispatcher:
         return int(workers.worker_id[self._policy(new, workers)])
 
     def send_attempt(
-        self, owner: Ownership, emitted: EmittedTokens | None, *, with_room: bool = False
+        self,
+        owner: Ownership,
+        emitted: EmittedTokens | None,
+        among: Collection[int] | None = None,
     ) -> Sent:
-        """Send the current attempt at a request to two workers, if there are such;
-        ``with_room``: if a decode worker has room for it.
+        """Send the current attempt at a request to two workers, if there are such; to a decode
+        worker ``among`` these ids, if given.
 
         If tokens were emitted, the prefill worker computes the KV of all but the last of them,
         and the decode worker goes on behind that.
@@ -127,7 +128,7 @@ class Dispatcher:
         req = owner.request
         output = unpack_ids(emitted.output_ids if emitted is not None else b"")
         prompt_tokens = len(req.input_ids or ()) + len(output)
-        chosen = self.choose(prompt_tokens, req, with_room=with_room)
+        chosen = self.choose(prompt_tokens, req, among)
         if isinstance(chosen, Sent):
             return chosen
         owner.prefill, owner.decode = chosen

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,17 @@ _IN_TIME = 0.85
 _OLDEST_EVERY = 8
 
 
+class Turn(NamedTuple):
+    """A request that is to be let in."""
+
+    # Its index among those that wait.
+    request: int
+    # ``(R,)`` rows of the workers that it may go to.
+    rows: Ints
+    # Whether it counts towards the next turn of the oldest, if it had to wait or passed another.
+    counts: bool
+
+
 def room(workers: WorkerTable, reserved_tokens: int) -> Ints:
     """``(W,)`` tokens of the largest request that each worker has KV memory for.
 
@@ -41,19 +53,31 @@ def room(workers: WorkerTable, reserved_tokens: int) -> Ints:
 def next_in_turn(
     arrived_s: Sequence[float],
     tokens: Sequence[int],
-    most: int,
+    free: Ints,
     now_s: float,
     ttft_slo_s: float,
     admitted: int,
-) -> int | None:
-    """Which of the waiting requests is to be let in next: its index, None if none yet.
+) -> Turn | None:
+    """Which of the waiting requests is to be let in next, None if none yet.
 
-    ``arrived_s``: when each arrived, ascending; ``tokens`` of each; ``most``: tokens of the largest
-    that some worker has room for. ``admitted``: how many were let in before that had to wait, or
-    passed others that do. Smaller ones pass what does not fit, except in the turn of the oldest.
+    ``arrived_s``: when each arrived, ascending; ``tokens`` of each; ``free``: ``(W,)`` room of the
+    workers. ``admitted``: how many that count have been let in. Smaller ones pass what does not
+    fit. In the turn of the oldest, though, the roomiest worker is kept for it until it fits there,
+    and the others are let in elsewhere.
     """
-    if admitted % _OLDEST_EVERY == _OLDEST_EVERY - 1:
-        return 0 if tokens and tokens[0] <= most else None
+    if not tokens:
+        return None
+    oldest_waits = admitted % _OLDEST_EVERY == _OLDEST_EVERY - 1
+    if oldest_waits:
+        fits = np.flatnonzero(free >= tokens[0])
+        if len(fits):
+            return Turn(0, fits, counts=True)
+        free = free.copy()
+        free[np.argmax(free)] = -1
+    most = free.max()
     late = bisect_right(arrived_s, now_s - _IN_TIME * ttft_slo_s)
     turns = chain(range(late, len(tokens)), range(late))
-    return next((i for i in turns if tokens[i] <= most), None)
+    at = next((i for i in turns if tokens[i] <= most), None)
+    if at is None:
+        return None
+    return Turn(at, np.flatnonzero(free >= tokens[at]), counts=not oldest_waits)
