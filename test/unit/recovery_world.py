@@ -15,12 +15,12 @@ from typing import Any
 
 from sglang_ares.srt.disaggregation.request_state import pack_ids, unpack_ids
 from sglang_ares.srt.managers.attempts import split_rid
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     DYING,
     FAILED_FOR_GOOD,
     READY,
     RESTARTING,
-    ClusterState,
     MovingRequest,
     Ownership,
     WorkerView,

@@ -20,7 +20,8 @@ from sglang_ares.simulator.config import SimulationError
 from sglang_ares.simulator.decode_worker import DecodeWorker
 from sglang_ares.simulator.roles import RolesConfig
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
-from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership, WorkerView
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import Ownership, WorkerView
 from sglang_ares.srt.managers.dispatcher import Dispatcher, Sent
 from sglang_ares.srt.managers.io_struct import LoadUpdate, WorkerReport
 from sglang_ares.srt.managers.length_predictions import LengthPredictions

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_ares.srt.managers.attempts import internal_rid, public_rid, split_rid
-from sglang_ares.srt.managers.cluster_state import ClusterState, WorkerView
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import WorkerView
 
 RIDS = st.text(max_size=20) | st.sampled_from(["", "#", "#00", "r#07", "r#07#08", "a\nb#01", "é#1"])
 

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ares.srt.managers.attempts import internal_rid
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_documents import requests_document, status_document
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     DYING,
     FAILED_FOR_GOOD,
     READY,
     RESTARTING,
-    ClusterState,
     MovingRequest,
     Ownership,
     WorkerView,
@@ -197,7 +198,7 @@ def test_a_completed_migration_changes_the_owner(state: ClusterState) -> None:
     start(state, 1, "r", D1, D2)
     assert state.note_migration_result(result(1))
     assert state.owners["r"].decode == D2
-    assert state.migrations_completed == 1 and not state.moving
+    assert state.migrations.completed == 1 and not state.moving
     state.note_report(report(D1))
     state.note_report(report(P0, finished=["r"]))
     state.note_report(report(D2, {"r": 20}))
@@ -228,21 +229,21 @@ def test_a_migration_that_did_not_happen_changes_no_owner(
     start(state, 1, "r", D1, D2)
     assert state.note_migration_result(result(1, outcome=outcome, reason="why: because"))
     assert state.owners["r"].decode == D1
-    migrations = state.status(POLICIES)["migrations"]
+    migrations = status_document(state, POLICIES)["migrations"]
     assert (migrations["attempted"], migrations["completed"], migrations["in_flight"]) == (1, 0, 0)
     assert migrations[outcome] == {"why": 1}
 
 
 def test_an_unknown_result_is_not_counted(state: ClusterState) -> None:
     assert not state.note_migration_result(result(99))
-    assert state.migrations_completed == 0
+    assert state.migrations.completed == 0
 
 
 def test_a_result_is_counted_once(state: ClusterState) -> None:
     start(state, 1, "r", D1, D2)
     assert state.note_migration_result(result(1))
     assert not state.note_migration_result(result(1))
-    assert state.migrations_completed == 1
+    assert state.migrations.completed == 1
 
 
 def test_the_target_reports_the_end_before_the_source_reports_the_move(
@@ -281,7 +282,7 @@ def test_a_cancelled_arrival_is_not_taken_for_the_end(state: ClusterState) -> No
     state.note_migration_result(result(1, outcome="failed", reason="timeout in COPYING"))
     state.note_report(report(D1, {"r": 15}))
     assert "r" in state.owners, "a live request must not vanish from /ares/requests"
-    assert state.requests()[0]["worker"] == D1
+    assert requests_document(state)[0]["worker"] == D1
 
 
 def test_a_moving_request_is_not_movable(state: ClusterState) -> None:
@@ -379,7 +380,7 @@ def test_the_target_itself_says_that_it_owns_the_request(state: ClusterState) ->
     state.note_adopted(adopted(1, "r", D2))
     assert state.owners["r"].decode == D2
     state.note_lost(D1)
-    assert not state.moving and state.migrations_failed == {"source died": 1}
+    assert not state.moving and state.migrations.failed == {"source died": 1}
     state.note_report(report(P0, finished=["r"]))
     state.note_report(report(D2, {"r": 12}))
     state.note_report(report(D2, finished=["r"]))
@@ -420,11 +421,11 @@ def test_documents_tell_of_a_lost_worker_and_of_attempts(state: ClusterState) ->
     owner.attempt = 3
     view = state.workers[D1]
     view.state, view.reason, view.incarnation = RESTARTING, "died (exit code -9)", 2
-    document = state.status(POLICIES)["workers"][1]
+    document = status_document(state, POLICIES)["workers"][1]
     assert (document["state"], document["restarts"]) == ("restarting", 2)
     assert document["reason"] == "died (exit code -9)"
-    assert "reason" not in state.status(POLICIES)["workers"][2]
-    (entry,) = state.requests()
+    assert "reason" not in status_document(state, POLICIES)["workers"][2]
+    (entry,) = requests_document(state)
     assert (entry["rid"], entry["attempt"], entry["worker"]) == ("r", 3, D2)
 
 
@@ -441,7 +442,7 @@ def test_status_document(state: ClusterState) -> None:
     state.note_migration_result(result(2))
     state.note_migration_result(result(3, outcome="refused", reason="no KV memory: full"))
     state.note_migration_result(result(4, outcome="failed", reason="timeout in COPYING"))
-    document = json.loads(json.dumps(state.status(POLICIES)))
+    document = json.loads(json.dumps(status_document(state, POLICIES)))
     assert document["placement"] == "least_tokens" and document["rescheduling"] == "reactive"
     assert document["uptime_s"] >= 0
     assert document["requests"] == 1
@@ -474,7 +475,7 @@ def test_requests_document(state: ClusterState) -> None:
     dispatch(state, "r", P0, D1, 30)
     dispatch(state, "new", P0, D2, 40)
     state.note_report(report(D1, {"r": 33}))
-    first, second = json.loads(json.dumps(state.requests()))
+    first, second = json.loads(json.dumps(requests_document(state)))
     assert set(first) == {
         *("rid", "worker", "tokens", "output_tokens", "predicted_remaining", "age_s", "attempt")
     }
@@ -489,7 +490,7 @@ def test_a_request_on_two_reports_is_listed_once(state: ClusterState) -> None:
     start(state, 1, "r", D1, D2)
     state.note_report(report(D1, {"r": 40}))
     state.note_report(report(D2, {"r": 41}))
-    (entry,) = state.requests()
+    (entry,) = requests_document(state)
     assert entry["worker"] == D1 and entry["tokens"] in (40, 41)
 
 

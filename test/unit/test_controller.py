@@ -11,12 +11,13 @@ from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_ares.ares_args import AresArgs
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_documents import requests_document
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     DYING,
     FAILED_FOR_GOOD,
     READY,
     RESTARTING,
-    ClusterState,
     MovingRequest,
     Ownership,
     WorkerView,
@@ -266,7 +267,7 @@ def test_a_request_that_waits_is_on_no_worker(
     """It cannot be moved, and its abort concerns no worker."""
     controller.waiting.arrive(controller.state.new_owner("r", None))
     assert controller.migrate("r", D2) == (409, "the request waits for a worker with room")
-    assert [r["worker"] for r in controller.state.requests()] == [None]
+    assert [r["worker"] for r in requests_document(controller.state)] == [None]
     controller.route_abort(AbortReq(rid="r"))
     assert controller.answered == [("r", None, "aborted by the client")]
     assert not sent and not controller.to_all

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_documents import status_document
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     CAUSES,
     MEMORY,
-    ClusterState,
     MovingRequest,
     WorkerView,
 )
@@ -363,7 +364,7 @@ def test_status_counts_the_causes() -> None:
     state = cluster(load_of(0, [10]), load_of(1))
     for migration_id, cause in enumerate(CAUSES):
         state.note_migration_started(migration_id, MovingRequest("0-0", 0, 1, cause))
-    assert state.status({})["migrations"]["causes"] == dict.fromkeys(CAUSES, 1)
+    assert status_document(state, {})["migrations"]["causes"] == dict.fromkeys(CAUSES, 1)
     move = state.note_migration_result(result_of(CAUSES.index(MEMORY)))
     assert move is not None and move.cause == MEMORY
     assert state.note_migration_result(result_of(99)) is None

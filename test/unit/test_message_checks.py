@@ -30,7 +30,8 @@ from sglang_ares.srt.disaggregation.request_state import (
     pack_ids,
 )
 from sglang_ares.srt.managers import io_struct
-from sglang_ares.srt.managers.cluster_state import MANUAL, ClusterState, MovingRequest, WorkerView
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import MANUAL, MovingRequest, WorkerView
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,

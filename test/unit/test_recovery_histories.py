@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from sglang_ares.srt.managers.cluster_state import DYING, READY
+from sglang_ares.srt.managers.cluster_views import DYING, READY
 from unit.recovery_world import RecoveryWorld
 
 KINDS = (

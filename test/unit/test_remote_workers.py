@@ -10,12 +10,12 @@ import pytest
 
 from sglang_ares.ares_args import AresArgs
 from sglang_ares.srt.managers.cluster import migration_limits
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     FAILED_FOR_GOOD,
     LEFT,
     READY,
     RESTARTING,
-    ClusterState,
     Ownership,
     WorkerView,
 )

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     DYING,
     READY,
-    ClusterState,
     MovingRequest,
     Ownership,
     WorkerView,

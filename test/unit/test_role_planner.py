@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from sglang_ares.profiles.profile import PrefillTime
-from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership, WorkerView
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import Ownership, WorkerView
 from sglang_ares.srt.managers.instances import Instances
 from sglang_ares.srt.managers.io_struct import PoolCounters, WorkerReport
 from sglang_ares.srt.managers.role_changes import PLANNER, RoleChanges

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ares.srt.managers.cluster import WorkerStartError
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     DYING,
     FAILED_FOR_GOOD,
     READY,
     RESTARTING,
-    ClusterState,
     WorkerView,
 )
 from sglang_ares.srt.managers.supervisor import Supervisor

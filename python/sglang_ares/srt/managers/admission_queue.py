@@ -10,7 +10,8 @@ from sglang_ares.srt.managers.dispatcher import Sent
 from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER, next_in_turn
 
 if TYPE_CHECKING:
-    from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.cluster_views import Ownership
     from sglang_ares.srt.policy.snapshot import Ints
 
 # More tokens than there is room for: who was tried in vain is not tried again at once.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from collections import OrderedDict
 from typing import Any
 
 import msgspec
 
-from sglang_ares.srt.disaggregation.migration import CANCELLED, COMPLETED, REFUSED
-from sglang_ares.srt.managers.attempts import internal_rid, split_rid
+from sglang_ares.srt.disaggregation.migration import COMPLETED
+from sglang_ares.srt.managers.attempts import split_rid
+from sglang_ares.srt.managers.cluster_views import (
+    CHANGING,
+    READY,
+    MovingRequest,
+    Ownership,
+    WorkerView,
+)
 from sglang_ares.srt.managers.io_struct import (
     Adopted,
     FirstEstimates,
@@ -20,124 +26,14 @@ from sglang_ares.srt.managers.io_struct import (
     MigrationResult,
     WorkerReport,
 )
-from sglang_ares.srt.policy.types import DECODE, Remaining, RequestLoad, WorkerLoad
-
-# What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
-# starting again; given up; gone with its host, which had asked.
-READY = "ready"
-DYING = "dying"
-RESTARTING = "restarting"
-FAILED_FOR_GOOD = "failed"
-LEFT = "left"
-# Shown to operators of a worker that serves until it changes its role.
-CHANGING = "changing"
+from sglang_ares.srt.managers.migration_counts import MigrationCounts
+from sglang_ares.srt.policy.types import DECODE, WorkerLoad
 
 # Tokens of another host may still be on their way when its worker says that the request has ended.
 # If the worker is lost within this time (s), the token ledger is asked.
 _TOKENS_ON_THEIR_WAY_S = 60.0
 # Requests remembered after their end.
 _REMEMBERED = 1 << 16
-
-
-@dataclass
-class WorkerView:
-    """One worker as last reported, and what was sent to it since."""
-
-    worker_id: int
-    role: str
-    pids: list[int]
-    kv_capacity: int
-    incarnation: int = 0
-    state: str = READY
-    # Why it is not ready.
-    reason: str = ""
-    # The operator wants it empty: it takes no requests, and those it has are moved away.
-    draining: bool = False
-    # Another host than the controller's, if it runs on one.
-    host: str = ""
-    # The role it is to have; it takes no requests until then.
-    changing_to: str | None = None
-    report: WorkerReport | None = None
-    reported_at: float = 0.0
-    # Prompt tokens of requests dispatched here that no report has shown yet.
-    dispatched: dict[str, int] = field(default_factory=dict)
-
-    def load(self, moving: frozenset[str] = frozenset()) -> WorkerLoad:
-        """The load a policy should reckon with; requests in ``moving`` must stay."""
-        if self.report is None:
-            base = WorkerLoad(
-                worker_id=self.worker_id,
-                role=self.role,
-                kv_tokens=0,
-                kv_capacity=self.kv_capacity,
-                running=0,
-                queued=0,
-                queued_tokens=0,
-            )
-        else:
-            base = self.report.load
-        requests = tuple(
-            msgspec.structs.replace(r, movable=False) if r.rid in moving else r
-            for r in base.requests
-        )
-        return msgspec.structs.replace(
-            base,
-            queued=base.queued + len(self.dispatched),
-            queued_tokens=base.queued_tokens + sum(self.dispatched.values()),
-            requests=requests,
-        )
-
-
-@dataclass
-class Ownership:
-    """A live request: what the front sent (a ``TokenizedGenerateReqInput``), where it is (on no
-    worker, -1, while it waits to be dispatched), and which attempt at it runs. ``recovering``: it
-    is nowhere until the token ledger has answered. ``aborted``: the client has left, so that it
-    need not be recovered."""
-
-    rid: str
-    request: Any
-    prefill: int
-    decode: int
-    dispatched_at: float
-    attempt: int = 0
-    first_attempt: int = 0
-    recovering: bool = False
-    # Attempts that ended because their worker changed its role: no failures.
-    handed_back: int = 0
-    aborted: bool = False
-    # What prefill predicted, until its decode worker does.
-    first_estimate: Remaining | None = None
-
-    @property
-    def waiting(self) -> bool:
-        """No worker knows of it yet."""
-        return self.decode < 0
-
-    @property
-    def name(self) -> str:
-        """What the workers call it."""
-        return internal_rid(self.rid, self.attempt)
-
-
-# Why a migration was commanded.
-MANUAL = "manual"
-POLICY = "policy"
-MEMORY = "memory"
-DRAIN = "drain"
-ROLE = "role"
-CAUSES = (MANUAL, POLICY, MEMORY, DRAIN, ROLE)
-
-
-@dataclass
-class MovingRequest:
-    """A migration that was commanded, for ``cause``, and has not been reported back. ``rid``: the
-    attempt."""
-
-    rid: str
-    source: int
-    target: int
-    cause: str = POLICY
 
 
 class ClusterState:
@@ -153,14 +49,7 @@ class ClusterState:
         self._ended_elsewhere: OrderedDict[str, tuple[float, Ownership]] = OrderedDict()
         # Moving requests that left their target: ended there, if they had landed at all.
         self._left_target: set[str] = set()
-        self.migrations_attempted = 0
-        self.migrations_completed = 0
-        self.migration_tokens_sent = 0
-        self.migration_tokens_saved = 0
-        self.migrations_by_cause: Counter[str] = Counter()
-        self.migrations_refused: Counter[str] = Counter()
-        self.migrations_failed: Counter[str] = Counter()
-        self.migrations_cancelled: Counter[str] = Counter()
+        self.migrations = MigrationCounts()
         self.started_at = time.monotonic()
 
     def ready(self, role: str) -> list[WorkerView]:
@@ -286,7 +175,7 @@ class ClusterState:
         for migration_id, move in list(self.moving.items()):
             if move.source == worker_id:
                 del self.moving[migration_id]
-                self.migrations_failed["source died"] += 1
+                self.migrations.failed["source died"] += 1
 
     def note_adopted(self, message: Adopted) -> None:
         """The target of a migration says that it owns the request."""
@@ -315,7 +204,7 @@ class ClusterState:
                 return f"migration {message.migration_id} is not under way, or another one"
         elif isinstance(message, Landed) and (
             message.worker_id not in self.workers
-            or not 0 < message.migration_id <= self.migrations_attempted
+            or not 0 < message.migration_id <= self.migrations.attempted
         ):
             return f"worker {message.worker_id} or migration {message.migration_id} is unknown"
         return None
@@ -380,8 +269,7 @@ class ClusterState:
 
     def note_migration_started(self, migration_id: int, move: MovingRequest) -> None:
         """A migration was commanded."""
-        self.migrations_attempted += 1
-        self.migrations_by_cause[move.cause] += 1
+        self.migrations.started(move.cause)
         self.moving[migration_id] = move
 
     def note_migration_result(self, result: MigrationResult) -> MovingRequest | None:
@@ -389,105 +277,14 @@ class ClusterState:
         move = self.moving.pop(result.migration_id, None)
         if move is None:
             return None
-        self.migration_tokens_sent += result.tokens_sent
-        self.migration_tokens_saved += result.tokens_saved
+        self.migrations.ended(result)
         left_target = result.rid in self._left_target
         self._left_target.discard(result.rid)
         if result.outcome == COMPLETED:
             owner = self.owner_of(result.rid)
             if owner is not None and left_target:
                 self.forget(owner.rid)
-            self.migrations_completed += 1
             self.workers[result.source].dispatched.pop(result.rid, None)
             if owner is not None and not owner.recovering:
                 owner.decode = result.target
-        elif result.outcome == REFUSED:
-            self.migrations_refused[_key(result.reason)] += 1
-        elif result.outcome == CANCELLED:
-            self.migrations_cancelled[_key(result.reason)] += 1
-        else:
-            self.migrations_failed[_key(result.reason)] += 1
         return move
-
-    def _remaining(self, owner: Ownership, load: RequestLoad | None) -> Remaining | None:
-        reported = load.remaining if load is not None else None
-        return reported if reported is not None else owner.first_estimate
-
-    # --- documents --------------------------------------------------------------------------
-
-    def status(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The body of ``GET /ares/status``; ``settings`` stand first in it."""
-        return {
-            "uptime_s": time.monotonic() - self.started_at,
-            **settings,
-            "workers": [self._worker_status(w) for w in self.workers.values()],
-            "migrations": {
-                "attempted": self.migrations_attempted,
-                "completed": self.migrations_completed,
-                "refused": dict(self.migrations_refused),
-                "failed": dict(self.migrations_failed),
-                "cancelled": dict(self.migrations_cancelled),
-                "in_flight": len(self.moving),
-                "tokens_sent": self.migration_tokens_sent,
-                "tokens_saved": self.migration_tokens_saved,
-                "causes": {cause: self.migrations_by_cause[cause] for cause in CAUSES},
-            },
-            "requests": len(self.owners),
-        }
-
-    def _worker_status(self, view: WorkerView) -> dict[str, Any]:
-        load = view.load()
-        report = view.report
-        status: dict[str, Any] = {
-            "id": view.worker_id,
-            "role": view.role,
-            "state": self.operating_state(view),
-            "restarts": view.incarnation,
-            "pids": view.pids,
-            "running": load.running,
-            "queued": load.queued,
-            "queued_tokens": load.queued_tokens,
-            "kv_tokens": load.kv_tokens,
-            "kv_capacity": load.kv_capacity,
-        }
-        if view.host:
-            status["host"] = view.host
-        if view.reason:
-            status["reason"] = view.reason
-        if view.changing_to is not None:
-            status["changing_to"] = view.changing_to
-        if report is not None:
-            status.update(
-                report_age_s=time.monotonic() - view.reported_at,
-                migrations_in=report.migrations_in,
-                migrations_out=report.migrations_out,
-                retracted=report.retracted,
-                dropped_frames=report.dropped_frames,
-                decode_step_ms=report.decode_step_ms,
-                late_steps=report.late_steps,
-                step=msgspec.to_builtins(report.load.step),
-                pools=msgspec.to_builtins(report.pools),
-            )
-        return status
-
-    def requests(self) -> list[dict[str, Any]]:
-        """The body of ``GET /ares/requests``: live requests, where and how large they are."""
-        now = time.monotonic()
-        loads = {r.rid: r for w in self.ready(DECODE) for r in w.load().requests}
-        return [
-            {
-                "rid": owner.rid,
-                "worker": None if owner.waiting else owner.decode,
-                "tokens": loads[owner.name].tokens if owner.name in loads else 0,
-                "output_tokens": loads[owner.name].output_tokens if owner.name in loads else 0,
-                "predicted_remaining": self._remaining(owner, loads.get(owner.name)),
-                "age_s": now - owner.dispatched_at,
-                "attempt": owner.attempt,
-            }
-            for owner in self.owners.values()
-        ]
-
-
-def _key(reason: str) -> str:
-    """The stable part of a reason: what stands before its explanation."""
-    return reason.split(":", 1)[0]

@@ -35,11 +35,11 @@ from sglang_ares.srt.managers.cluster import (
     admission_of,
 )
 from sglang_ares.srt.managers.cluster_settings import settings_of
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_state import ClusterState
+from sglang_ares.srt.managers.cluster_views import (
     FAILED_FOR_GOOD,
     LEFT,
     READY,
-    ClusterState,
     Ownership,
     WorkerView,
 )

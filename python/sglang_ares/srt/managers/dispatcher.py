@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
     from sglang_ares.srt.managers.cluster import WorkerCluster
-    from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.cluster_views import Ownership
     from sglang_ares.srt.managers.io_struct import EmittedTokens, Message
     from sglang_ares.srt.managers.length_predictions import LengthPredictions
     from sglang_ares.srt.managers.remote_io import RemoteInput

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sglang_ares.srt.managers.attempts import public_rid
-from sglang_ares.srt.managers.cluster_state import MANUAL, READY, MovingRequest
+from sglang_ares.srt.managers.cluster_documents import requests_document, status_document
+from sglang_ares.srt.managers.cluster_views import MANUAL, READY, MovingRequest
 from sglang_ares.srt.managers.io_struct import (
     DrainQuery,
     FaultQuery,
@@ -90,7 +91,7 @@ class FrontDesk:
             case StatusQuery():
                 self.reply(identity, query.query_id, 200, self._status())
             case RequestsQuery():
-                self.reply(identity, query.query_id, 200, self._state.requests())
+                self.reply(identity, query.query_id, 200, requests_document(self._state))
             case MigrateQuery():
                 self._migrate(identity, query)
             case DrainQuery():
@@ -108,7 +109,8 @@ class FrontDesk:
         self._socket.socket.send_multipart([identity, encode(reply)])
 
     def _status(self) -> dict[str, Any]:
-        return self._state.status(
+        return status_document(
+            self._state,
             {
                 "placement": self._dispatcher.placement,
                 "admission": self._waiting_requests.admission,
@@ -122,7 +124,7 @@ class FrontDesk:
                 "runtime_dir": self._runtime_dir,
                 "dropped_frames": {d.where: d.total for d in self._dropped},
                 "roles": {**self._planner.status(), **self._roles.status(time.monotonic())},
-            }
+            },
         )
 
     # --- migrations -------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from sglang_ares.srt.policy.step_law import mean_law
 from sglang_ares.srt.policy.types import DECODE, StepTime
 
 if TYPE_CHECKING:
-    from sglang_ares.srt.managers.cluster_state import ClusterState, WorkerView
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.cluster_views import WorkerView
     from sglang_ares.srt.managers.io_struct import WorkerReport
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sglang_ares.srt.disaggregation.migration import COMPLETED
-from sglang_ares.srt.managers.cluster_state import DRAIN, MEMORY, POLICY, ROLE, MovingRequest
+from sglang_ares.srt.managers.cluster_views import (
+    DRAIN,
+    MEMORY,
+    POLICY,
+    ROLE,
+    MovingRequest,
+)
 from sglang_ares.srt.managers.io_struct import MigrationResult, StartMigration
 from sglang_ares.srt.managers.memory_relief import MemoryRelief
 from sglang_ares.srt.policy.draining import drain_moves

@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
-from sglang_ares.srt.managers.cluster_state import READY
+from sglang_ares.srt.managers.cluster_views import READY
 from sglang_ares.srt.managers.io_struct import Discard, FenceRequests, PeerDied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sglang_ares.srt.managers.cluster_state import ClusterState, Ownership
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.cluster_views import Ownership
     from sglang_ares.srt.managers.io_struct import EmittedTokens, Fenced, Message
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import msgspec
 
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.managers.cluster_settings import difference
-from sglang_ares.srt.managers.cluster_state import (
+from sglang_ares.srt.managers.cluster_views import (
     FAILED_FOR_GOOD,
     LEFT,
     READY,

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang_ares.srt.managers.cluster_state import READY
+from sglang_ares.srt.managers.cluster_views import READY
 from sglang_ares.srt.managers.io_struct import ChangeRole, RoleChanged
 from sglang_ares.srt.policy.types import DECODE
 
 if TYPE_CHECKING:
-    from sglang_ares.srt.managers.cluster_state import ClusterState, WorkerView
+    from sglang_ares.srt.managers.cluster_state import ClusterState
+    from sglang_ares.srt.managers.cluster_views import WorkerView
     from sglang_ares.srt.managers.io_struct import Message
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,12 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
-from sglang_ares.srt.managers.cluster_state import DYING, FAILED_FOR_GOOD, READY, RESTARTING
+from sglang_ares.srt.managers.cluster_views import (
+    DYING,
+    FAILED_FOR_GOOD,
+    READY,
+    RESTARTING,
+)
 from sglang_ares.srt.managers.remote_workers import RemoteWorker, WorkerStartError
 
 if TYPE_CHECKING:
