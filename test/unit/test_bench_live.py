@@ -98,6 +98,7 @@ class Imitation:
     def __init__(self, *, incremental: bool) -> None:
         self._incremental = incremental
         self.aborted: list[str] = []
+        self.policies = [{"placement": "p", "admission": "a", "rescheduling": "r"}]
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -121,7 +122,13 @@ class Imitation:
         return answer
 
     async def status(self, request: web.Request) -> web.Response:
-        return web.json_response({"workers": [], "migrations": {"completed": 0}})
+        return web.json_response(
+            {"workers": [], "migrations": {"completed": 0}, **self.policies[-1]}
+        )
+
+    async def policy(self, request: web.Request) -> web.Response:
+        self.policies.append(await request.json())
+        return web.json_response({})
 
     async def abort(self, request: web.Request) -> web.Response:
         self.aborted.append((await request.json())["rid"])
@@ -132,6 +139,7 @@ class Imitation:
         app.router.add_post("/generate", self.generate)
         app.router.add_get("/ares/status", self.status)
         app.router.add_post("/abort_request", self.abort)
+        app.router.add_post("/ares/policy", self.policy)
         runner = web.AppRunner(app)
         await runner.setup()
         port = free_ports(1)[0]
@@ -162,6 +170,25 @@ def test_an_answer_that_is_no_200_is_an_error_with_its_text() -> None:
         async for url in Imitation(incremental=True).serve():
             async with LiveServer(url) as server:
                 with pytest.raises(LiveError, match="404"):
-                    await server.post("/ares/policy", {})
+                    await server.post("/nowhere", {})
+
+    asyncio.run(go())
+
+
+def test_policies_are_put_back_even_after_an_error() -> None:
+    async def fail(server: LiveServer) -> None:
+        async with server.policies_kept() as status:
+            assert status["workers"] == []
+            await server.use_policies("other", "none", "slo")
+            raise ZeroDivisionError
+
+    async def go() -> None:
+        imitation = Imitation(incremental=True)
+        async for url in imitation.serve():
+            async with LiveServer(url) as server:
+                with pytest.raises(ZeroDivisionError):
+                    await fail(server)
+        kept, changed, last = imitation.policies
+        assert kept == last != changed
 
     asyncio.run(go())

@@ -57,10 +57,13 @@ class Calibration:
 
     async def run(self) -> dict[str, list[Any]]:
         """All samples, by kind."""
-        status = await self._server.status()
-        self._dilation = status["time_dilation"]
-        self._decode_workers = [w["id"] for w in status["workers"] if w["role"] == "decode"]
-        await self._server.use_policies("", "none")
+        async with self._server.policies_kept() as status:
+            self._dilation = status["time_dilation"]
+            self._decode_workers = [w["id"] for w in status["workers"] if w["role"] == "decode"]
+            await self._server.use_policies("", "none")
+            return await self._samples()
+
+    async def _samples(self) -> dict[str, list[Any]]:
         samples: dict[str, list[Any]] = {"prefill": [], "decode": [], "move": []}
         for length in self._options.lengths:
             for prompts in self._options.bursts:
@@ -75,7 +78,6 @@ class Calibration:
             for length in self._options.lengths:
                 samples["move"] += await self._moves(length)
                 self._bar.update()
-        await self._server.use_policies(status["placement"], status["rescheduling"])
         return samples
 
     # --- requests ---------------------------------------------------------------------------

@@ -129,7 +129,8 @@ def _gain(
 async def search_live(
     urls: Mapping[str, str], arms: list[Arm], stream: RequestStream, options: argparse.Namespace
 ) -> dict[str, Goodput]:
-    """Goodput by arm; one probe of every arm in turn. ``urls``: where each arm is served."""
+    """Goodput by arm; one probe of every arm in turn. ``urls``: where each arm is served. In the
+    end our server has its own policies again."""
     slo = Slo(options.ttft_slo_ms, options.tpot_slo_ms)
     # The search for the stricter share starts where the other ended.
     states = [
@@ -144,7 +145,12 @@ async def search_live(
     ]
     number = 0
     most = len(arms) * len(ATTAINMENTS) * options.most_probes
-    with tqdm(total=most, desc="probes (at most)", unit="probe") as bar:
+    async with contextlib.AsyncExitStack() as stack:
+        ours = next((arm.name for arm in arms if arm.rescheduling != UPSTREAM), None)
+        if ours is not None:
+            served = await stack.enter_async_context(LiveServer(urls[ours]))
+            await stack.enter_async_context(served.policies_kept())
+        bar = stack.enter_context(tqdm(total=most, desc="probes (at most)", unit="probe"))
         while any(state.current for state in states):
             # A different arm goes first in every round.
             for state in states[number % len(states) :] + states[: number % len(states)]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -80,6 +81,17 @@ class LiveServer:
         """Change the policies of the cluster; an empty name changes nothing."""
         body = {"placement": placement, "admission": admission, "rescheduling": rescheduling}
         await self.post("/ares/policy", body)
+
+    @asynccontextmanager
+    async def policies_kept(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the status; policies that are changed inside are put back in the end."""
+        before = await self.status()
+        try:
+            yield before
+        finally:
+            await self.use_policies(
+                before["placement"], before["rescheduling"], before["admission"]
+            )
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The document that a POST is answered with; :class:`LiveError` unless with 200."""
