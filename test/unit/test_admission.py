@@ -112,9 +112,11 @@ def test_small_ones_pass_what_does_not_fit_but_for_the_oldest_in_its_turn() -> N
 
 
 def test_in_the_turn_of_the_oldest_the_roomiest_worker_is_kept_for_it() -> None:
-    arrived, tokens = [0.0, 9.0, 9.5], [50, 35, 20]
+    """If it is late; before, nobody passes it."""
+    tokens = [50, 35, 20]
 
-    def next_one(*free: int) -> tuple[int, list[int], bool] | None:
+    def next_one(*free: int, oldest_s: float = 0.0) -> tuple[int, list[int], bool] | None:
+        arrived = [oldest_s, 9.0, 9.5]
         found = next_in_turn(arrived, tokens, np.array(free), 10.0, SLO_S, 7)
         return None if found is None else (found.request, found.rows.tolist(), found.counts)
 
@@ -122,6 +124,8 @@ def test_in_the_turn_of_the_oldest_the_roomiest_worker_is_kept_for_it() -> None:
     assert next_one(30, 60, 50) == (0, [1, 2], True)
     assert next_one(40, 40, 10) == (1, [1], False)
     assert next_one(10, 40, 10) is None
+    assert next_one(30, 40, 25, oldest_s=8.5) is None
+    assert next_one(30, 60, 50, oldest_s=8.5) == (0, [1, 2], True)
 
 
 @given(
@@ -139,7 +143,9 @@ def test_who_is_let_in_fits_and_keeps_the_oldest_from_nothing(
     fitting = [i for i, size in enumerate(tokens) if size <= max(free)]
     if found is None:
         others = sorted(free)[:-1] or [-1]
-        assert not fitting or (admitted % 8 == 7 and min(tokens) > max(others))
+        in_time = bool(tokens) and arrived[0] > 9.0 - 0.85 * SLO_S
+        kept = min(tokens, default=0) > max(others) or (in_time and tokens[0] > max(free))
+        assert not fitting or (admitted % 8 == 7 and kept)
         return
     assert found.request in fitting and len(found.rows)
     assert all(free[row] >= tokens[found.request] for row in found.rows)

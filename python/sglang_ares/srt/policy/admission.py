@@ -62,20 +62,22 @@ def next_in_turn(
 
     ``arrived_s``: when each arrived, ascending; ``tokens`` of each; ``free``: ``(W,)`` room of the
     workers. ``admitted``: how many that count have been let in. Smaller ones pass what does not
-    fit. In the turn of the oldest, though, the roomiest worker is kept for it until it fits there,
-    and the others are let in elsewhere.
+    fit, but not the oldest in its turn: while it can still be in time, all wait for it; once it is
+    late, the roomiest worker is kept for it and the others are let in elsewhere.
     """
     if not tokens:
         return None
+    late = bisect_right(arrived_s, now_s - _IN_TIME * ttft_slo_s)
     oldest_waits = admitted % _OLDEST_EVERY == _OLDEST_EVERY - 1
     if oldest_waits:
         fits = np.flatnonzero(free >= tokens[0])
         if len(fits):
             return Turn(0, fits, counts=True)
+        if not late:
+            return None
         free = free.copy()
         free[np.argmax(free)] = -1
     most = free.max()
-    late = bisect_right(arrived_s, now_s - _IN_TIME * ttft_slo_s)
     turns = chain(range(late, len(tokens)), range(late))
     at = next((i for i in turns if tokens[i] <= most), None)
     if at is None:
