@@ -86,6 +86,12 @@ def cluster_under(
     return SimulationConfig(**(settings | changes))
 
 
+def configured(config: SimulationConfig, arm: str) -> SimulationConfig:
+    """The same cluster under an arm's policies."""
+    names = ("placement", "admission", "rescheduling", "prediction")
+    return replace(config, **dict(zip(names, ARMS[arm], strict=True)))
+
+
 def measure(
     config: SimulationConfig,
     stream: RequestStream,
@@ -96,8 +102,7 @@ def measure(
 ) -> Row:
     """P99 TPOT at the stream's own rate, and goodput, on a lattice of rates whose neighbours differ
     by ``precision``; looked for from where ``near``, another arm's row, found its own."""
-    names = ("placement", "admission", "rescheduling", "prediction")
-    config = replace(config, **dict(zip(names, ARMS[arm], strict=True)))
+    config = configured(config, arm)
     started = time.process_time()
     equal = try_rate(config, stream, stream.rate)
     start = {share: round((near or {}).get(f"exponent_{share * 100:g}") or 0) for share in SHARES}
