@@ -233,7 +233,9 @@ def write_csv(path: Path, found: Mapping[str, Goodput]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's flags; those it does not know are the server's."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help="a running server of ours; else one is started")
+    where.add_argument(
+        "--url", help="a running server of ours, which keeps its own policies; else one is started"
+    )
     where.add_argument("--simulate", action="store_true", help="in the simulator")
     parser.add_argument(
         "--arms",
