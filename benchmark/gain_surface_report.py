@@ -29,6 +29,8 @@ Cells = dict[tuple[int, int, float], list[Arms]]
 Figure = Callable[[list[Arms], str, str], float]
 BASE = "round_robin"
 SHARES = ("90", "99")
+# Cells whose binary logarithm is beyond this are so dark that their figure has to be white.
+_DARK = 1.4
 
 
 def by_cell(rows: list[Row]) -> Cells:
@@ -267,7 +269,9 @@ def plot(cells: Cells, arms: list[str], path: Path) -> None:
             axis.imshow(better, cmap="RdYlGn", vmin=-2, vmax=2, origin="lower", aspect="auto")
             for (y, x), value in np.ndenumerate(values):
                 if value == value:
-                    axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                    color = "white" if abs(better[y, x]) > _DARK else "black"
+                    shown = f"{value:.2f}"
+                    axis.text(x, y, shown, ha="center", va="center", fontsize=7, color=color)
             axis.set_xticks(range(len(cvs)), [f"{cv:g}" for cv in cvs], fontsize=7)
             axis.set_yticks(range(len(concurrency)), [str(c) for c in concurrency], fontsize=7)
             axis.set_title(f"{arm}: {title}, {w} workers", fontsize=7)
