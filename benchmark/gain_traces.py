@@ -33,6 +33,15 @@ PREFILL_SHARE = {"mooncake": 2.0}
 TTFT_SLO_MS = {"mooncake": 20_000.0}
 
 
+def add_scene_arguments(parser: argparse.ArgumentParser) -> None:
+    """What :func:`scene` reads, and the traces."""
+    parser.add_argument("--traces", nargs="+", required=True, metavar="PATH")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--concurrency", type=float, default=16.0)
+    parser.add_argument("--profile", default="h200-llama2-7b")
+    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
+
+
 def scene(path: str, seed: int, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
     """Cluster and requests of one trace."""
     base = load_profile(args.profile)
@@ -83,12 +92,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--traces", nargs="+", required=True, metavar="PATH")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--concurrency", type=float, default=16.0)
+    add_scene_arguments(parser)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--profile", default="h200-llama2-7b")
-    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
     parser.add_argument("--precision", type=float, default=0.03)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")

@@ -20,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from gain_arms import ARMS, Row, configured, write_rows
-from gain_traces import scene
+from gain_traces import add_scene_arguments, scene
 from sglang_ares.bench.workloads import RequestStream
 from sglang_ares.simulator import Simulation, SimulationConfig
 
@@ -72,13 +72,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--traces", nargs="+", required=True, metavar="PATH")
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--concurrency", type=float, default=16.0)
+    add_scene_arguments(parser)
     parser.add_argument("--times", type=float, nargs="+", default=[1.0, 1.25, 1.5])
     parser.add_argument("--arms", nargs="+", default=["star", "ares"], choices=list(ARMS))
-    parser.add_argument("--profile", default="h200-llama2-7b")
-    parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
