@@ -372,12 +372,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
-def test_a_refused_flag_stops_the_start(environment: None) -> None:
-    server_args = ServerArgs(model_path=str(MODEL_DIR), pp_size=2)
+@pytest.mark.parametrize(
+    ("flag", "value"), [("pp_size", 2), ("dp_size", 2), ("disaggregation_mode", "decode")]
+)
+def test_a_refused_flag_stops_the_start(flag: str, value: Any, environment: None) -> None:
+    server_args = ServerArgs(model_path=str(MODEL_DIR), **{flag: value})
     with pytest.raises(AresArgsError) as caught:
         prepare_server_args(server_args, AresArgs())
     text = str(caught.value)
-    assert "--pp-size" in text and "cannot be used" in text and "--ares-decode-workers" in text
+    assert f"--{flag.replace('_', '-')}" in text and "cannot be used" in text
+    assert "--ares-decode-workers" in text
 
 
 def test_a_missing_model_folder_is_named(environment: None) -> None:
