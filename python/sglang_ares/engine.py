@@ -21,6 +21,7 @@ from sglang_ares.srt.disaggregation.refusals import CLUSTER, first_refusal
 from sglang_ares.srt.emulation.settings import announce, emulated_server_args, profile_of
 from sglang_ares.srt.entrypoints.front_client import FrontClient
 from sglang_ares.srt.entrypoints.measure import measure_if_needed
+from sglang_ares.srt.managers.fork_server import has_begun, in_environment
 from sglang_ares.srt.managers.tokenizer_manager import init_ares_tokenizer_manager
 from sglang_ares.srt.managers.worker_process import run_controller_process, run_detokenizer
 from sglang_ares.srt.platforms.cpu import (
@@ -182,6 +183,9 @@ class Engine(UpstreamEngine):
         **kwargs: Any,
     ) -> tuple[SchedulerInitResult, list[mp.Process]]:
         """Start the controller, which starts the workers."""
+        if server_args.device == "cpu" and has_begun():
+            # Upstream has just chosen "spawn"; its detokenizer, too, can fork.
+            mp.set_start_method("forkserver", force=True)
         reader, writer = mp.Pipe(duplex=False)
         arguments = (
             server_args,
@@ -190,8 +194,14 @@ class Engine(UpstreamEngine):
             control_plane_of(server_args),
         )
         process = mp.Process(
-            target=run_controller_process,
-            args=(server_args.device, pickle.dumps(arguments), writer),
+            target=in_environment,
+            args=(
+                dict(os.environ),
+                run_controller_process,
+                server_args.device,
+                pickle.dumps(arguments),
+                writer,
+            ),
             name="ares-controller",
         )
         process.start()
@@ -210,6 +220,16 @@ class Engine(UpstreamEngine):
             block_until_scheduler_exits=process.join,
         )
         return result, [process]
+
+    @classmethod
+    def _launch_detokenizer_subprocesses(
+        cls, *args: Any, run_detokenizer_process_func: Callable[..., None], **kwargs: Any
+    ) -> Any:
+        """Upstream's, in the environment of this moment."""
+        run = functools.partial(in_environment, dict(os.environ), run_detokenizer_process_func)
+        return super()._launch_detokenizer_subprocesses(
+            *args, run_detokenizer_process_func=run, **kwargs
+        )
 
     def shutdown(self) -> None:
         """End every process and remove the sockets."""

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from sglang_ares.ares_args import AresArgs, AresArgsError
+from sglang_ares.srt.managers.fork_server import begin_imports_of_command
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -170,6 +171,7 @@ def leave(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    begin_imports_of_command(sys.argv[1:])
     try:
         exit_status = main()
     except KeyboardInterrupt:

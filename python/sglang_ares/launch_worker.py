@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sglang_ares.ares_args import AresArgsError
 from sglang_ares.launch_server import add_upstream_args, leave, parse_upstream_args
+from sglang_ares.srt.managers.fork_server import begin_imports_of_command
 
 if TYPE_CHECKING:
     from sglang_ares.srt.managers.worker_host import HostConfig
@@ -210,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    begin_imports_of_command(sys.argv[1:])
     try:
         exit_status = main()
     except SystemExit as stop:  # argparse

@@ -117,6 +117,8 @@ def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
     try:
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4
+        # They fork from one process, which has imported SGLang once.
+        assert len({p.ppid() for p in family if p.name().startswith("sglang::")}) == 1
         if how == "ctrl-c":
             os.kill(process.pid, signal.SIGINT)
         else:

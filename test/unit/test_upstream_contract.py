@@ -45,6 +45,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("entrypoints.engine", "Engine", ("kwargs",), "engine.py"),
     ("entrypoints.engine", "Engine._launch_scheduler_processes",
      ("server_args", "port_args", "run_scheduler_process_func"), "engine.py"),
+    ("entrypoints.engine", "Engine._launch_detokenizer_subprocesses",
+     ("server_args", "port_args", "run_detokenizer_process_func"), "engine.py"),
     ("entrypoints.engine", "Engine._launch_subprocesses",
      ("server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
       "run_detokenizer_process_func"), "launch_server.py"),
@@ -414,8 +416,8 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "sglang_ares.engine",
         "sglang.srt.entrypoints.engine.Engine",
         (
-            "__init__", "_launch_subprocesses", "_launch_scheduler_processes", "shutdown",
-            "init_tokenizer_manager_func",
+            "__init__", "_launch_subprocesses", "_launch_scheduler_processes",
+            "_launch_detokenizer_subprocesses", "shutdown", "init_tokenizer_manager_func",
         ),
     ),
     "AresTokenizerManager": (

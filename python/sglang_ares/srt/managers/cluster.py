@@ -5,6 +5,7 @@ A host that joins a cluster (``managers/worker_host.py``) starts its worker with
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import ROLE_CHANGE, first_refusal
 from sglang_ares.srt.emulation.settings import profile_of
-from sglang_ares.srt.managers.fork_server import process_context
+from sglang_ares.srt.managers.fork_server import in_environment, process_context
 from sglang_ares.srt.managers.io_struct import Peer
 from sglang_ares.srt.managers.lease import LeaseTimes
 from sglang_ares.srt.managers.remote_workers import Admission, RemoteWorker, WorkerStartError
@@ -107,8 +108,16 @@ class WorkerProcess:
             reader, writer = context.Pipe(duplex=False)
             gpu_id = args.base_gpu_id + rank * args.gpu_id_step
             process = context.Process(  # type: ignore[attr-defined]
-                target=run_worker_process,
-                args=(self.spec, self.port_args, gpu_id, rank, writer),
+                target=in_environment,
+                args=(
+                    dict(os.environ),
+                    run_worker_process,
+                    self.spec,
+                    self.port_args,
+                    gpu_id,
+                    rank,
+                    writer,
+                ),
                 name=f"ares-{self.spec.role}-{self.spec.worker_id}-tp{rank}",
             )
             process.start()

@@ -24,7 +24,8 @@ def leave_ctrl_c_to_the_front() -> None:
 
 def run_controller_process(device: str, arguments: bytes, writer: Connection) -> None:
     """The controller. ``arguments``: of ``run_controller``, pickled, as reading them imports
-    SGLang: on a CPU the workers' fork server begins with that first, and both import at once."""
+    SGLang: where no fork server runs yet, the workers' begins with that first, and both import at
+    once."""
     leave_ctrl_c_to_the_front()
     begin_imports(device)
     from sglang_ares.srt.managers.controller import run_controller

@@ -1,0 +1,94 @@
+"""The processes of a server on a CPU fork from one that has imported SGLang."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_ares.srt.managers.fork_server import begin_imports_of_command, has_begun, in_environment
+
+# A process, its child and its grandchild say who their parent is and what their environment says.
+FAMILY = """
+import json, os, sys
+from sglang_ares.srt.managers import fork_server
+
+def say(generation):
+    said = {"pid": os.getpid(), "ppid": os.getppid(), "MARK": os.environ.get("MARK"),
+            "GONE": os.environ.get("GONE")}
+    print(json.dumps(said), flush=True)
+    if generation < 2:
+        fork_server.begin_imports("cpu")
+        os.environ["MARK"] = f"of generation {generation}"
+        os.environ.pop("GONE", None)
+        process = fork_server.process_context("cpu").Process(
+            target=fork_server.in_environment, args=(dict(os.environ), say, generation + 1))
+        process.start()
+        process.join()
+        sys.exit(process.exitcode)
+
+if __name__ == "__main__":
+    fork_server._PRELOAD.clear()
+    fork_server.begin_imports("cpu")
+    assert fork_server.has_begun()
+    say(0)
+"""
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> list[dict[str, Any]]:
+    script = tmp_path / "family.py"
+    script.write_text(FAMILY)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        check=False,
+        env={**os.environ, "GONE": "soon"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_who_was_forked_has_others_forked_from_the_same_process(
+    family: list[dict[str, Any]],
+) -> None:
+    first, second, third = family
+    assert second["ppid"] not in (first["pid"], first["ppid"])
+    assert third["ppid"] == second["ppid"]
+
+
+def test_each_has_the_environment_of_whom_it_was_forked_for(family: list[dict[str, Any]]) -> None:
+    assert [p["MARK"] for p in family] == [None, "of generation 0", "of generation 1"]
+    assert [p["GONE"] for p in family] == ["soon", None, None]
+
+
+def test_an_environment_is_taken_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "yes")
+    monkeypatch.setenv("DROPPED", "yes")
+    wanted = {k: v for k, v in os.environ.items() if k != "DROPPED"} | {"NEW": "1"}
+    before = dict(os.environ)
+    seen: list[dict[str, str]] = []
+    try:
+        in_environment(wanted, lambda: seen.append(dict(os.environ)))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert seen == [wanted]
+
+
+def test_help_starts_nothing() -> None:
+    begin_imports_of_command(["--help"])
+    assert not has_begun()
+
+
+def test_a_build_for_gpus_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0")
+    begin_imports_of_command([])
+    assert not has_begun()
