@@ -28,7 +28,8 @@ class Stream:
 
     rid: str
     prompt: str
-    max_new_tokens: int = TOKENS
+    max_new_tokens: int | None = TOKENS
+    custom_params: dict[str, Any] | None = None
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +45,9 @@ class Stream:
             "sampling_params": {
                 "temperature": 0,
                 "max_new_tokens": self.max_new_tokens,
-                "ignore_eos": True,
+                # One that may become as long as it likes ends by itself.
+                "ignore_eos": self.max_new_tokens is not None,
+                "custom_params": self.custom_params,
             },
         }
 

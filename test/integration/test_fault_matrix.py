@@ -171,3 +171,33 @@ def test_transfer_error(world: FaultWorld, chunk: int) -> None:
             await world.assert_balanced(client)
 
     asyncio.run(cell())
+
+
+@pytest.mark.parametrize("custom_params", [None, {"return_predicted_remaining": True}])
+def test_a_request_of_any_length_moves_and_survives_a_death(
+    world: FaultWorld, custom_params: dict[str, Any] | None
+) -> None:
+    """Nobody said ``max_new_tokens``, as is usual for chat: the workers have to agree on it."""
+
+    async def cell() -> None:
+        async with world.client() as client:
+            ready = await world.wait_for(client, prefill=2, decode=3)
+            prompt = "walk 120\n"
+            whole = await Stream(f"cell-{next(_numbers)}", prompt, None).run(client)
+            assert whole.meta["finish_reason"]["type"] == "stop" and len(whole.output_ids) > 300
+            stream = Stream(f"cell-{next(_numbers)}", prompt, None, custom_params)
+            task = asyncio.create_task(stream.run(client))
+            await stream.has(40)
+            source = await world.worker_of(client, stream.rid)
+            target = next(w for w in ready["decode"] if w["id"] != source)
+            move = {"rid": stream.rid, "target": target["id"]}
+            answer = await client.post("/ares/migrate", json=move, timeout=60)
+            assert answer.json()["outcome"] == "completed", answer.text
+            kill(target, signal.SIGKILL)
+            await task
+            assert not stream.error and stream.output_ids == whole.output_ids
+            assert stream.text == whole.text
+            await world.noticed(client, target)
+            await world.assert_balanced(client)
+
+    asyncio.run(cell())

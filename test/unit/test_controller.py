@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.ares_args import AresArgs
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
@@ -40,6 +42,7 @@ from sglang_ares.srt.managers.role_changes import RoleChanges
 from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
+from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
 
 P0, D1, D2 = 0, 1, 2
 
@@ -162,6 +165,33 @@ def controller() -> Controller:
 @pytest.fixture
 def sent(controller: Controller) -> list[tuple[str, Any]]:
     return controller.put
+
+
+# --- requests that come in ------------------------------------------------------------------
+
+
+def test_a_request_that_no_message_could_carry_is_refused_at_once(controller: Controller) -> None:
+    """Its first worker would serve it; after that worker's death nobody could."""
+    controller.ares_args = AresArgs()  # type: ignore[misc]
+    controller._seeds = SampleSeeds()
+    request = TokenizedGenerateReqInput(
+        rid="r",
+        input_text="x",
+        input_ids=array("q", [1]),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=SamplingParams(custom_params={"a": {"b": [1]}}),
+        return_logprob=False,
+        logprob_start_len=-1,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+    controller.dispatch(request)
+    ((rid, status, reason),) = controller.answered
+    assert (rid, status) == ("r", 400) and "sampling_params.custom_params" in reason
+    assert not controller.put
 
 
 # --- moves on command -----------------------------------------------------------------------

@@ -28,6 +28,8 @@ from sglang_ares.srt.disaggregation.request_state import (
     RequestSpec,
     RequestState,
     pack_ids,
+    spec_of,
+    tokenized_input,
 )
 from sglang_ares.srt.managers import io_struct
 from sglang_ares.srt.managers.cluster_state import ClusterState
@@ -124,6 +126,19 @@ STATE = RequestState(
     output_ids=pack_ids([6, 7, 8, 9]), plain=PLAIN, detokenized=4, logprobs=LOGPROBS
 )
 COMMIT = Commit(migration_id=1, source=0, tokens=8, state=STATE, stopped_at=1.0)
+
+
+def test_an_offer_says_how_long_the_source_lets_the_request_become() -> None:
+    request = tokenized_input(
+        replace(SPEC, sampling_params=sampling(max_new_tokens=None)),
+        bootstrap_host="",
+        bootstrap_port=0,
+        bootstrap_room=0,
+    )
+    assert offer_fault(replace(OFFER, spec=spec_of(request)), FACTS) is not None
+    assert offer_fault(replace(OFFER, spec=spec_of(request, 30)), FACTS) is None
+    assert spec_of(request, 30).sampling_params.max_new_tokens == 30
+    assert request.sampling_params.max_new_tokens is None
 
 
 def test_a_true_offer_and_commit_pass() -> None:

@@ -23,6 +23,7 @@ from sglang_ares.srt.disaggregation.request_state import (
     RequestSpec,
     RequestState,
     capture,
+    make_fit_to_travel,
     pack_ids,
     restore,
     spec_of,
@@ -437,6 +438,43 @@ def test_normalised_sampling_parameters_arrive_unchanged() -> None:
 
 def test_a_batched_text_is_left_out() -> None:
     assert spec_of(tokenized(input_text=["a", "b"])).input_text is None
+
+
+@pytest.mark.parametrize(
+    "name, given, made",
+    [
+        ("max_new_tokens", 10.0, 10),
+        ("top_k", 40.0, 40),
+        ("ignore_eos", 1, True),
+        ("skip_special_tokens", 0, False),
+        ("temperature", 1, 1.0),
+        ("max_new_tokens", None, None),
+    ],
+)
+def test_what_http_lets_pass_gets_the_type_of_its_message(name: str, given: Any, made: Any) -> None:
+    request = tokenized(sampling_params=SamplingParams(**{name: given}))
+    text = request.input_text
+    assert make_fit_to_travel(request) is None
+    value = getattr(request.sampling_params, name)
+    assert value == made and type(value) is type(made)
+    assert request.input_text == text
+    assert over_the_wire(offer_of(request)).spec.sampling_params == request.sampling_params
+
+
+@pytest.mark.parametrize(
+    "name, given", [("max_new_tokens", 10.5), ("custom_params", {"a": {"b": [1]}})]
+)
+def test_what_cannot_have_that_type_is_named(name: str, given: Any) -> None:
+    fault = make_fit_to_travel(tokenized(sampling_params=SamplingParams(**{name: given})))
+    assert fault is not None and f"at sampling_params.{name}" in fault, fault
+
+
+def test_fields_beside_the_sampling_parameters_are_made_to_fit_too() -> None:
+    request = tokenized(top_logprobs_num=3.0, token_ids_logprob=[9.0])
+    assert make_fit_to_travel(request) is None
+    assert over_the_wire(offer_of(request)).spec.token_ids_logprob == [9]
+    fault = make_fit_to_travel(tokenized(extra_key="x" * 70_000))
+    assert fault is not None and "extra_key" in fault
 
 
 # What of upstream's request neither moves nor is refused, and why that loses nothing.

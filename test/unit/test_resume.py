@@ -13,6 +13,7 @@ from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.disaggregation.checks import WorkerFacts, resume_fault
 from sglang_ares.srt.disaggregation.request_state import (
     _LOGPROB_ATTRIBUTES,
     pack_ids,
@@ -22,6 +23,8 @@ from sglang_ares.srt.disaggregation.request_state import (
 from sglang_ares.srt.disaggregation.resume import ResumedRequests
 from sglang_ares.srt.managers.dispatcher import resume_message
 from sglang_ares.srt.managers.io_struct import Decoder, EmittedTokens, WorkerInbound, encode
+from sglang_ares.srt.managers.scheduler import AresScheduler
+from sglang_ares.srt.security.dropped import DroppedFrames
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 OUTPUT = [21, 22, 23, 24]
@@ -175,6 +178,33 @@ def test_the_decode_worker_is_sent_the_request_and_its_output() -> None:
         2**61, "10.0.0.1", 4000
     )  # fmt: skip
     assert (resume.cached_tokens, resume.reasoning_tokens) == (6, 3)
+
+
+def test_a_request_of_any_length_can_go_on() -> None:
+    """Clients of the chat endpoint seldom say how long an answer may become; only the worker that
+    runs the request fills that in, on its own copy."""
+    params = SamplingParams(max_new_tokens=None)
+    params.normalize(None)
+    emitted = EmittedTokens(
+        rid="r", ended=False, output_ids=pack_ids(OUTPUT), cached_tokens=6, reasoning_tokens=3
+    )
+    sent = resume_message(tokenized(sampling_params=params), emitted)
+    resume = Decoder(WorkerInbound).decode(encode(sent))
+    assert resume.spec.sampling_params.max_new_tokens is None
+    assert resume_fault(resume, WorkerFacts(vocab_size=100, max_tokens=100)) is None
+
+
+def test_one_that_cannot_go_on_here_is_not_left_without_an_answer() -> None:
+    failed: list[tuple[str, str]] = []
+    worker: Any = SimpleNamespace(
+        resumed=object(),
+        _host=SimpleNamespace(facts=WorkerFacts(vocab_size=10, max_tokens=100)),
+        ares=SimpleNamespace(
+            dropped=DroppedFrames("worker"), request_failed=lambda *of: failed.append(of)
+        ),
+    )
+    AresScheduler._resume(worker, message())
+    assert failed == [("r#01", "input_ids has a token outside the vocabulary of 10")]
 
 
 # --- from the message into a batch ----------------------------------------------------------

@@ -199,6 +199,16 @@ def test_memory_is_kept_between_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert world.moments[1].memory == FlipMemory(held_passes=1, last_flip_s=1.0)
 
 
+def test_rules_reserve_what_workers_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, None)
+    world.planner = RolePlanner(
+        world.state, world.changes, "ares", SLO, MoveCost, 0.0, reserved_tokens=64
+    )
+    world.planner.on_report(report(world.state, P0, (100,), prefill_law=(5.0, 0.1, 0.0)), 0.0)
+    world.planner.run_pass_when_due(1.0)
+    assert world.moments[-1].rules.reserved_tokens == 64
+
+
 def test_arrivals_are_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, None)
     for now in range(1, 40):

@@ -335,6 +335,14 @@ def test_samples_of_one_request_get_seeds_of_their_own_again_and_again() -> None
     assert all(0 <= seed < 2**62 for seed in first)
 
 
+def test_samples_of_any_length_get_seeds_of_their_own() -> None:
+    seeds = SampleSeeds()
+    drawn = [
+        seeds.seed_for(request_with(sampling_seed=7, n=3, max_new_tokens=None)) for _ in range(3)
+    ]
+    assert drawn[0] == 7 and len(set(drawn)) == 3
+
+
 def test_the_prompt_sent_ahead_is_not_a_sample() -> None:
     seeds = SampleSeeds()
     assert seeds.seed_for(request_with(sampling_seed=7, n=2, max_new_tokens=0)) == 7

@@ -86,7 +86,7 @@ def spec_fault(spec: RequestSpec, facts: WorkerFacts) -> str | None:
 
 def sampling_fault(params: SamplingParams, vocab_size: int, *, begun: bool = True) -> str | None:
     """What is wrong with sampling parameters, which the front has normalised and verified.
-    ``begun``: of a request that a worker has taken in, which sets its length if nothing did."""
+    ``begun``: as a worker knows them that runs the request and sets its length if nobody did."""
     if not params.is_normalized or params.stop is not None or params.stop_regex is not None:
         return "sampling_params are not normalised"
     try:
@@ -146,7 +146,7 @@ def resume_fault(resume: Resume, facts: WorkerFacts) -> str | None:
         ids_fault("input_ids", spec.input_ids, facts.vocab_size)
         or ids_fault("output_ids", resume.output_ids, facts.vocab_size)
         or spec_fault(spec, facts)
-        or sampling_fault(spec.sampling_params, facts.vocab_size)
+        or sampling_fault(spec.sampling_params, facts.vocab_size, begun=False)
     )
 
 

@@ -9,6 +9,7 @@ output's token counts.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -133,12 +134,37 @@ def unpack_ids(packed: bytes) -> array[int]:
     return array("q", np.frombuffer(packed, dtype="<i4").astype(np.int64).tobytes())
 
 
-def spec_of(recv_req: TokenizedGenerateReqInput) -> RequestSpec:
-    """The specification of a request that the refusal table lets move."""
+def spec_of(recv_req: TokenizedGenerateReqInput, max_new_tokens: int | None = None) -> RequestSpec:
+    """The specification of a request that the refusal table lets move. ``max_new_tokens``: how
+    long the worker it runs on lets it become, if nobody else has said."""
     values = {name: getattr(recv_req, name) for name in _SPEC_FIELDS}
     if not isinstance(values["input_text"], str):
         values["input_text"] = None
+    params = recv_req.sampling_params
+    if params.max_new_tokens is None:
+        values["sampling_params"] = msgspec.structs.replace(params, max_new_tokens=max_new_tokens)
     return RequestSpec(input_ids=pack_ids(recv_req.input_ids), **values)
+
+
+def make_fit_to_travel(recv_req: TokenizedGenerateReqInput) -> str | None:
+    """Give a request's fields the types of our messages, or say why that cannot be.
+
+    Upstream's HTTP layer lets ``"max_new_tokens": 10.0`` pass, and so does the pickle between
+    processes of one host; our messages would not be understood.
+    """
+    values = {name: getattr(recv_req, name) for name in _SPEC_FIELDS if name != "input_text"}
+    try:
+        wire = msgspec.msgpack.encode({**values, "input_text": None, "input_ids": b""})
+        spec = msgspec.msgpack.decode(wire, type=RequestSpec, strict=False)
+    except (TypeError, ValueError, OverflowError) as error:  # msgspec's own are ValueErrors
+        return re.sub(r"`\$\.sampling_params\[(\d+)\][^`]*`", _parameter_name, str(error))
+    for name in values:
+        setattr(recv_req, name, getattr(spec, name))
+    return None
+
+
+def _parameter_name(path: re.Match[str]) -> str:
+    return f"sampling_params.{SamplingParams.__struct_fields__[int(path[1])]}"
 
 
 def tokenized_input(

@@ -97,7 +97,7 @@ class SourceMigration:
                 room=room,
                 tokens=req.kv.kv_committed_len,
                 headroom=headroom,
-                spec=spec_of(recv_req),
+                spec=spec_of(recv_req, req.sampling_params.max_new_tokens),
                 output_ids=pack_ids(req.output_ids),
             ),
         )

@@ -27,6 +27,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_ares.srt.disaggregation.request_state import make_fit_to_travel
 from sglang_ares.srt.emulation.settings import not_emulated, profile_of
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
 from sglang_ares.srt.managers.cluster import (
@@ -237,6 +238,7 @@ class AresController(DataParallelController):
             self.ares_args.time_dilation,
             self.laws.current.prefill,
             self.metrics.role_loads,
+            self.server_args.num_reserved_decode_tokens,
         )
         self.dispatcher = Dispatcher(
             self.state,
@@ -305,6 +307,8 @@ class AresController(DataParallelController):
             self.end(owner, 400, f"the rid is longer than {MAX_RID_CHARS - 3} characters")
         elif self.ares_args.emulate and (what := not_emulated(req)):
             self.end(owner, 400, f"no model runs here (--ares-emulate), so there are no {what}")
+        elif (fault := make_fit_to_travel(req)) is not None:
+            self.end(owner, 400, fault)
         elif self.waiting.admission == SLO and not is_probe(req.rid):
             self.waiting.arrive(owner)
         elif self.dispatcher.send_attempt(owner, None) is not Sent.SENT:

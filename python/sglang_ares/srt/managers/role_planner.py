@@ -66,6 +66,7 @@ class RolePlanner:
         dilation: float = 1.0,
         prefill_time: PrefillTime | None = None,
         show: Callable[[RoleLoads], None] = lambda loads: None,
+        reserved_tokens: int = 512,
     ) -> None:
         self._state = state
         self._roles = roles
@@ -73,7 +74,7 @@ class RolePlanner:
         self._slo = slo
         self._cost = cost
         self._pass_s = _PASS_S * dilation
-        rules = FlipRules()
+        rules = FlipRules(reserved_tokens=reserved_tokens)
         self._rules = msgspec.structs.replace(
             rules, cooldown_s=rules.cooldown_s * dilation, horizon_s=rules.horizon_s * dilation
         )

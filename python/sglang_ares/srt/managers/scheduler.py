@@ -46,6 +46,7 @@ from sglang_ares.srt.managers.role_switch import RoleSwitch
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 from sglang_ares.srt.policy.types import DECODE
 from sglang_ares.srt.predictor.runtime import hand_over_on_cpu
+from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -228,7 +229,9 @@ class AresScheduler(Scheduler):
         assert self.resumed is not None
         fault = resume_fault(message, self._host.facts)
         if fault is not None:
+            # Somebody waits for it: it gets its next attempt, or after the last one an answer.
             self.ares.dropped.count(f"Resume of {message.spec.rid}: {fault}")
+            self.ares.request_failed(message.spec.rid, fault[:MAX_REASON_CHARS])
         elif self._host.comes_from_the_dead(message):
             self.ares.request_failed(message.spec.rid, "its prefill worker died")
         elif not self.ares.is_void(message.spec.rid):

@@ -26,7 +26,7 @@ class SampleSeeds:
         if params.sampling_seed is None:
             return self._random.getrandbits(62)
         # Upstream first sends the prompt alone, with nothing to generate, to cache it.
-        if params.n <= 1 or not params.max_new_tokens:
+        if params.n <= 1 or params.max_new_tokens == 0:
             return int(params.sampling_seed)
         key = (params.sampling_seed, hash(bytes(req.input_ids or b"")))
         sample = self._samples.pop(key, 0)
