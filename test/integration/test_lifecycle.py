@@ -110,9 +110,10 @@ def gone(family: list[psutil.Process], timeout_s: float = 20) -> bool:
     return False
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "controller killed"])
+@pytest.mark.parametrize("how", ["ctrl-c", "controller killed", "fork server killed"])
 def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
-    """Ctrl-C, and the death of the controller, end every process of the server."""
+    """Ctrl-C, the death of the controller, and of the process that all others fork from, end every
+    process of the server."""
     process, _ = start_server(tmp_path / "log", "--ares-decode-workers=1")
     try:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -123,7 +124,9 @@ def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
             os.kill(process.pid, signal.SIGINT)
         else:
             controller = next(p for p in family if "data_parallel_controller" in p.name())
-            controller.kill()
+            victim = controller if how == "controller killed" else controller.parent()
+            assert victim is not None and victim.pid != process.pid
+            victim.kill()
         process.wait(90)
         assert gone(family)
     finally:
