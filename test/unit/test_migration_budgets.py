@@ -218,6 +218,17 @@ def test_a_copy_that_could_never_catch_up_is_refused() -> None:
     assert world.result(second).reason == "bandwidth budget used up"
 
 
+def test_a_copy_that_would_take_more_tokens_than_an_offer_names_is_refused() -> None:
+    """At just above the rate of writing it would catch up after 100,000 tokens or more. A request
+    that ends long before is offered as before."""
+    world = limited(chunk_tokens=10, bandwidth_mb_s=0.1001)
+    world.submit("long", prompt=100, max_new=10**6)
+    world.submit("short", prompt=100, max_new=150)
+    long = world.start("long", 0, 1)
+    assert world.result(long).reason == "bandwidth budget used up"
+    assert world.start("short", 0, 1) in world.workers[0].manager.outbound
+
+
 def test_what_would_pause_for_long_is_given_up() -> None:
     """The copy stays behind; what is left when the room is used up is more than one chunk."""
     world = limited(chunk_tokens=10)

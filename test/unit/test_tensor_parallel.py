@@ -19,6 +19,7 @@ from sglang_ares.srt.managers.control_intake import (
     ControlRequestReceiver,
     ControlStep,
 )
+from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from sglang_ares.srt.platforms.cpu import give_cores_to_ranks
 
 
@@ -36,7 +37,7 @@ def record(migration_id: int, at: float) -> Migration:
 
 
 def test_a_step_with_nothing_to_say_costs_nothing() -> None:
-    intake = ControlIntake(list, lambda: False, lambda: 1, lambda: 5.0)
+    intake = ControlIntake(list, lambda: False, lambda: 1, lambda: 0.0, lambda: 5.0)
     assert intake.gather() is None
     assert intake.take_out(["a request"]) == ["a request"]
     assert intake.pop_frames() == [] and intake.now == 0.0
@@ -44,20 +45,30 @@ def test_a_step_with_nothing_to_say_costs_nothing() -> None:
 
 @pytest.mark.parametrize("frames,waits", [([b"x", b"y"], False), ([], True)])
 def test_frames_and_the_clock_come_out_on_the_other_side(frames: list[bytes], waits: bool) -> None:
-    intake = ControlIntake(lambda: frames, lambda: waits, lambda: 1, lambda: 5.0)
+    intake = ControlIntake(lambda: frames, lambda: waits, lambda: 1, lambda: 0.25, lambda: 5.0)
     step = intake.gather()
-    assert step == ControlStep(5.0, frames, 1)
+    assert step == ControlStep(5.0, frames, 1, 0.25)
     assert intake.take_out(["a request", step]) == ["a request"]
-    assert intake.now == 5.0
+    assert intake.now == 5.0 and intake.decode_step_s == 0.25
     assert intake.pop_frames() == frames
     assert intake.pop_frames() == []
 
 
 def test_frames_of_two_steps_keep_their_order() -> None:
-    intake = ControlIntake(list, lambda: False, lambda: 1)
-    intake.take_out([ControlStep(1.0, [b"1", b"2"], 1)])
-    intake.take_out([ControlStep(2.0, [b"3"], 1)])
+    intake = ControlIntake(list, lambda: False, lambda: 1, lambda: 0.0)
+    intake.take_out([ControlStep(1.0, [b"1", b"2"], 1, 0.0)])
+    intake.take_out([ControlStep(2.0, [b"3"], 1, 0.0)])
     assert intake.pop_frames() == [b"1", b"2", b"3"] and intake.now == 2.0
+
+
+def test_a_move_is_sized_by_rank_zeros_step_time() -> None:
+    """A rank has measured another one itself: it would begin other moves, or larger ones."""
+    intake = ControlIntake(list, lambda: False, lambda: 1, lambda: 0.5)
+    intake.take_out([ControlStep(1.0, [], 1, 0.25)])
+    host = object.__new__(SchedulerMigrationHost)
+    scheduler: Any = SimpleNamespace(intake=intake, ares=SimpleNamespace(decode_step_s=0.5))
+    host._scheduler = scheduler
+    assert host.decode_step_s() == 0.25
 
 
 def test_digest_counts_states_times_and_order() -> None:
@@ -74,12 +85,12 @@ def test_digest_counts_states_times_and_order() -> None:
 
 def test_a_rank_that_parted_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     digest = TransitionDigest()
-    intake = ControlIntake(list, lambda: False, lambda: digest.value)
-    intake.take_out([ControlStep(1.0, [], 0)])
+    intake = ControlIntake(list, lambda: False, lambda: digest.value, lambda: 0.0)
+    intake.take_out([ControlStep(1.0, [], 0, 0.0)])
     assert intake.in_step and not caplog.records
     digest.add(record(1, 1.0))
     for _ in range(2):
-        intake.take_out([ControlStep(2.0, [], 0)])
+        intake.take_out([ControlStep(2.0, [], 0, 0.0)])
     assert not intake.in_step
     assert [r.getMessage().split(":")[0] for r in caplog.records] == ["integrity check failed"]
 
@@ -145,7 +156,11 @@ def _receive_three_steps(rank: int) -> list[Any]:
     frames = [[b"one", b"two"], [], []]
     waits = iter([False, True, False])
     intake = ControlIntake(
-        lambda: frames.pop(0), lambda: next(waits), lambda: 7, lambda: 100.0 + rank
+        lambda: frames.pop(0),
+        lambda: next(waits),
+        lambda: 7,
+        lambda: 0.25 + rank,
+        lambda: 100.0 + rank,
     )
     parts: dict[str, Any] = dict.fromkeys(
         f for f in control_intake.SchedulerRequestReceiver.__dataclass_fields__
@@ -157,15 +172,15 @@ def _receive_three_steps(rank: int) -> list[Any]:
     for step in range(3):
         arrived = [f"request {step}"] if rank == 0 else None
         requests = receiver._broadcast_reqs_across_ranks(arrived, None)
-        seen.append((requests, intake.now, intake.pop_frames()))
+        seen.append((requests, intake.now, intake.decode_step_s, intake.pop_frames()))
     return seen
 
 
-def test_all_ranks_see_rank_zeros_frames_and_clock() -> None:
+def test_all_ranks_see_rank_zeros_frames_clock_and_step_time() -> None:
     first, second = on_two_ranks(_receive_three_steps)
     assert first == second
     assert first == [
-        (["request 0"], 100.0, [b"one", b"two"]),
-        (["request 1"], 100.0, []),
-        (["request 2"], 100.0, []),
+        (["request 0"], 100.0, 0.25, [b"one", b"two"]),
+        (["request 1"], 100.0, 0.25, []),
+        (["request 2"], 100.0, 0.25, []),
     ]

@@ -586,7 +586,7 @@ NOT_UPSTREAMS = {
     "scheduler.predictions",
     "penalizer.frequency_penalties[row, 0]", "self.idle_sleeper.poller", "batch.reqs",
     "communicator._result_event", "batch.seq_lens", "scheduler.emulated",
-    "scheduler.spec", "self._scheduler.spec",
+    "scheduler.spec", "self._scheduler.spec", "self._scheduler.intake",
     "scheduler.ares.dropped", "self._scheduler.ares.dropped",
 }  # fmt: skip
 # Attributes that we put on upstream's objects ourselves.

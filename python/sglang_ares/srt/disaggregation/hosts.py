@@ -70,7 +70,8 @@ class SourceHost(SideHost, Protocol):
         ...
 
     def decode_step_s(self) -> float:
-        """How long a decode step takes here at present; 0 if there was none."""
+        """How long a decode step takes here at present, the same on all ranks; 0 if there was
+        none."""
         ...
 
     def wall_clock(self) -> float:

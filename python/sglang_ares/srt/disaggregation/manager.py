@@ -33,6 +33,7 @@ from sglang_ares.srt.managers.io_struct import (
     StartMigration,
     TransferFailed,
 )
+from sglang_ares.srt.security.bounds import MAX_HEADROOM
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -215,7 +216,8 @@ class MigrationManager:
     def _headroom(self, req: Req) -> int | None:
         """How many tokens the request may write while it is copied: one a step, and every chunk
         takes a step or two, and the bandwidth budget more, for it and for those before it. None
-        if at this rate the copy would never catch up with the requests on their way out."""
+        if at this rate the copy would never catch up with the requests on their way out, or only
+        after more tokens than an offer may name."""
         tokens = req.kv.kv_committed_len
         headroom = self._limits.headroom_tokens + 2 * (tokens // self._limits.chunk_tokens)
         step_s = self._host.decode_step_s()
@@ -228,7 +230,8 @@ class MigrationManager:
             if seconds is None:
                 return None
             headroom += int(seconds / step_s)
-        return min(headroom, req.sampling_params.max_new_tokens - len(req.output_ids) + 2)
+        headroom = min(headroom, req.sampling_params.max_new_tokens - len(req.output_ids) + 2)
+        return headroom if headroom <= MAX_HEADROOM else None
 
     def _refuse_to_start(self, command: StartMigration, reason: str) -> None:
         self._report(

@@ -1,9 +1,9 @@
 """How control messages reach all tensor-parallel ranks of a worker in the same step.
 
 Only rank 0 has a mailbox. What has arrived there travels to the other ranks in upstream's own
-broadcast of requests, together with rank 0's clock: a migration's decisions depend on nothing
-else that differs between ranks. A step without messages, in which nothing waits for time to pass,
-carries nothing.
+broadcast of requests, together with rank 0's clock and the step time it has measured: a
+migration's decisions depend on nothing else that differs between ranks. A step without messages,
+in which nothing waits for time to pass, carries nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class ControlStep(NamedTuple):
-    """One step's share: rank 0's clock (monotonic seconds), the frames of its mailbox, and the
-    checksum of the migrations it went through."""
+    """One step's share: rank 0's clock (monotonic seconds), the frames of its mailbox, the
+    checksum of the migrations it went through, and how long a decode step takes there."""
 
     now: float
     frames: list[bytes]
     digest: int
+    decode_step_s: float
 
 
 class ControlIntake:
@@ -33,6 +34,8 @@ class ControlIntake:
 
     ``drain`` empties the mailbox; ``needs_clock`` says whether anything waits for time to pass;
     both are asked on rank 0 only. ``digest``: this rank's checksum, which must be rank 0's.
+    ``measured_step_s``: how long a decode step takes by this rank's clock; decisions go by rank
+    0's, which is ``decode_step_s`` on every rank.
     """
 
     def __init__(
@@ -40,14 +43,17 @@ class ControlIntake:
         drain: Callable[[], list[bytes]],
         needs_clock: Callable[[], bool],
         digest: Callable[[], int],
+        measured_step_s: Callable[[], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._drain = drain
         self._needs_clock = needs_clock
         self._digest = digest
+        self._measured_step_s = measured_step_s
         self._clock = clock
         self._frames: list[bytes] = []
         self.now = 0.0
+        self.decode_step_s = 0.0
         self.in_step = True
 
     def gather(self) -> ControlStep | None:
@@ -55,7 +61,7 @@ class ControlIntake:
         frames = self._drain()
         if not frames and not self._needs_clock():
             return None
-        return ControlStep(self._clock(), frames, self._digest())
+        return ControlStep(self._clock(), frames, self._digest(), self._measured_step_s())
 
     def take_out(self, received: list[Any]) -> list[Any]:
         """On every rank: keep the broadcast's control step; the rest is upstream's."""
@@ -63,6 +69,7 @@ class ControlIntake:
         for step in received:
             if isinstance(step, ControlStep):
                 self.now = step.now
+                self.decode_step_s = step.decode_step_s
                 self._frames += step.frames
                 self._compare(step.digest)
         return requests

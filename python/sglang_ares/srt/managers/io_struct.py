@@ -23,6 +23,7 @@ from sglang_ares.srt.policy.types import Remaining, WorkerLoad
 from sglang_ares.srt.predictor.errors import ErrorSums
 from sglang_ares.srt.predictor.estimate import MAX_TRAIL
 from sglang_ares.srt.security.bounds import (
+    MAX_HEADROOM,
     MAX_LISTED,
     Address,
     ClockDifference,
@@ -287,7 +288,7 @@ class Offer(Message, frozen=True, kw_only=True):
     source: WorkerId
     room: Room
     tokens: Count
-    headroom: Annotated[int, msgspec.Meta(ge=0, le=65_536)]
+    headroom: Annotated[int, msgspec.Meta(ge=0, le=MAX_HEADROOM)]
     spec: RequestSpec
     output_ids: bytes
 

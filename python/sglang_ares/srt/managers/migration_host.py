@@ -300,8 +300,8 @@ class SchedulerMigrationHost:
         self._scheduler.ares.report(message)
 
     def decode_step_s(self) -> float:
-        """How long a decode step took lately; 0 if there was none."""
-        return self._scheduler.ares.decode_step_s
+        """How long a decode step took lately, by rank 0's clock; 0 if there was none."""
+        return self._scheduler.intake.decode_step_s
 
     def wall_clock(self) -> float:
         """Seconds since the epoch."""

@@ -125,8 +125,13 @@ class AresScheduler(Scheduler):
         """Upstream's receiver; its broadcast takes the control messages along."""
         super().init_request_receiver()
         upstreams: SchedulerRequestReceiver = self.request_receiver  # type: ignore[has-type]
-        self._intake = ControlIntake(self.ares.drain, self._waits_for_time, self._digest)
-        self.request_receiver = ControlRequestReceiver.around(upstreams, self._intake)
+        self.intake = ControlIntake(
+            self.ares.drain,
+            self._waits_for_time,
+            self._digest,
+            lambda: self.ares.decode_step_s,
+        )
+        self.request_receiver = ControlRequestReceiver.around(upstreams, self.intake)
 
     def _waits_for_time(self) -> bool:
         migrating = self.migrations is not None and self.migrations.active
@@ -159,7 +164,7 @@ class AresScheduler(Scheduler):
             self._host = SchedulerMigrationHost(self, link, limits)
             if self.spec.fault_injection:
                 self._faults = FaultInjector(
-                    self.ares.worker_id, self.ares.report, lambda: self._intake.now
+                    self.ares.worker_id, self.ares.report, lambda: self.intake.now
                 )
             self.migrations = MigrationManager(self._host, limits, self._faults)
             self.resumed = ResumedRequests(self)
@@ -186,8 +191,8 @@ class AresScheduler(Scheduler):
         """Upstream's input, and the control messages; all ranks see the same ones, and the same
         clock wherever it decides anything."""
         received: list[Any] = super().ingest_requests()
-        now = self._intake.now
-        for frame in self._intake.pop_frames():
+        now = self.intake.now
+        for frame in self.intake.pop_frames():
             message = self.ares.decode(frame)
             if message is not None:
                 self._handle_control(message, now)
@@ -269,7 +274,7 @@ class AresScheduler(Scheduler):
     def process_decode_queue(self) -> None:
         """Advance the migrations between two steps, then upstream's own transfers."""
         assert self.migrations is not None
-        self.migrations.tick(self._intake.now)
+        self.migrations.tick(self.intake.now)
         self._host.release_what_the_dead_held()
         super().process_decode_queue()
 
@@ -319,7 +324,7 @@ class AresScheduler(Scheduler):
         if self._was_busy:
             self._was_busy = False
             self.check_integrity()
-            self.ares.report_load(self, self._intake.now, force=True)
+            self.ares.report_load(self, self.intake.now, force=True)
         super().on_idle()
 
     def is_fully_idle(self, for_health_check: bool = False, ignore_waiting: bool = False) -> bool:
@@ -349,7 +354,7 @@ class AresScheduler(Scheduler):
         """A request built for a migration goes to its migration, not to the queue."""
         if is_retracted:
             self.ares.retracted += 1
-        elif self.migrations is not None and self.migrations.take_built(req, self._intake.now):
+        elif self.migrations is not None and self.migrations.take_built(req, self.intake.now):
             return
         elif self.resumed is not None and self.resumed.take_built(req):
             req.time_stats.set_decode_prealloc_queue_entry_time()
@@ -361,7 +366,7 @@ class AresScheduler(Scheduler):
         if recv_req.rid:
             self.ares.note_aborted(recv_req.rid)
         if self.migrations is not None:
-            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, self._intake.now)
+            self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, self.intake.now)
         super().abort_request(recv_req)
 
     def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:

@@ -10,6 +10,8 @@ MAX_RID_CHARS: Final = 512
 MAX_REASON_CHARS: Final = 1000
 # Requests that one report lists, running and finished each.
 MAX_LISTED: Final = 65_536
+# Tokens that a request may grow by while it moves.
+MAX_HEADROOM: Final = 65_536
 
 WorkerId = Annotated[int, Meta(ge=0, lt=2**16)]
 SequenceId = Annotated[int, Meta(ge=0, lt=2**62)]
