@@ -418,7 +418,8 @@ class Worker:
     """A decode worker: upstream's loop in miniature, and ``MigrationHost`` for the manager.
 
     ``overlap``: as upstream's overlap scheduling, a step's result is processed one iteration
-    after its launch, and the next step is launched before that.
+    after its launch, and the next step is launched before that. While ``paused`` nothing is
+    launched or processed, but migrations go on.
     """
 
     def __init__(self, world: World, worker_id: int) -> None:
@@ -434,6 +435,7 @@ class Worker:
         self.received: dict[str, TokenizedGenerateReqInput] = {}
         self.building: list[Req] = []
         self.refuses: str | None = None
+        self.paused = False
         self.facts = WorkerFacts(vocab_size=10_000, max_tokens=world.pages)
         self.dropped = StrictlyDropped(f"worker-{worker_id}")
         self.manager = MigrationManager(self, world.limits)
@@ -455,6 +457,8 @@ class Worker:
     def iterate(self) -> None:
         """One iteration of the scheduler's event loop."""
         self.manager.tick(self.world.now)
+        if self.paused:
+            return
         self.running += self.waiting
         self.waiting.clear()
         self.running = [r for r in self.running if not r.finished()]
@@ -549,6 +553,9 @@ class Worker:
     def is_running(self, req: Req) -> bool:
         return not req.finished() and any(r is req for r in self.running)
 
+    def can_stop(self, req: Req) -> bool:
+        return not self.paused or self.has_stopped(req)
+
     def stop(self, req: Req) -> None:
         assert any(r is req for r in self.running)
         self.running = [r for r in self.running if r is not req]
@@ -558,6 +565,7 @@ class Worker:
 
     def resume(self, req: Req) -> None:
         assert not req.finished(), f"{req.rid} has ended: its memory is free, it must not run"
+        assert self.has_stopped(req), f"{req.rid} would run the step under way twice"
         self.waiting.append(req)
 
     def release(self, req: Req) -> None:
@@ -584,7 +592,7 @@ class Worker:
             return "the request is here already"
         if len(self.manager.inbound) > self.world.limits.max_inbound:
             return "too many migrations inbound"
-        return self.refuses
+        return "engine paused" if self.paused else self.refuses
 
     def build(self, offer: Offer, source: Peer) -> None:
         recv_req = tokenized_input(

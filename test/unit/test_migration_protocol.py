@@ -59,6 +59,7 @@ from sglang_ares.srt.managers.io_struct import (
     TransferFailed,
     WorkerInbound,
 )
+from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from unit.migration_world import (
     DEFAULT_LIMITS,
     Link,
@@ -146,8 +147,6 @@ def public(cls: type) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("implementation", ["in memory", "scheduler"])
 def test_both_hosts_implement_the_protocols(implementation: str) -> None:
-    from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
-
     host = Worker if implementation == "in memory" else SchedulerMigrationHost
     for protocol in (SourceHost, TargetHost, MigrationHost):
         for name, parameters in public(protocol).items():
@@ -508,6 +507,66 @@ def test_it_finishes_while_stopping_and_then_the_migration_ends(then: str) -> No
         world.now += 6
     finish(world)
     assert world.ends["r"] == ["finished"]
+
+
+# --- the engine is paused -------------------------------------------------------------------
+
+
+def test_a_move_ends_while_the_engine_is_paused(overlap: bool) -> None:
+    """Under overlap the result of a step waits for the pause to end, and the request with it; else
+    the move goes on to its end."""
+    world = World(overlap=overlap)
+    world.submit("r", prompt=20, max_new=60)
+    migration = world.start("r", 0, 1)
+    drive_source_to(world, migration, SourceState.COPYING)
+    world.workers[0].paused = True
+    world.settle()
+    result = world.result(migration)
+    if overlap:
+        assert (result.outcome, result.reason) == (CANCELLED, "engine paused")
+    else:
+        assert result.outcome == COMPLETED
+    world.workers[0].paused = False
+    finish(world)
+    assert world.streams["r"] == list(range(60))
+
+
+@pytest.mark.parametrize(
+    "enable_overlap, paused, waiting, can_stop",
+    [
+        (True, True, True, False),
+        (True, True, False, True),
+        (True, False, True, True),
+        (False, True, False, True),
+    ],
+)
+def test_a_request_cannot_stop_whose_result_waits_for_the_pause_to_end(
+    enable_overlap: bool, paused: bool, waiting: bool, can_stop: bool
+) -> None:
+    req: Any = object()
+    results = [(SimpleNamespace(reqs=[req]), None)] if waiting else []
+    scheduler: Any = SimpleNamespace(
+        enable_overlap=enable_overlap, _engine_paused=paused, result_queue=results
+    )
+    host = object.__new__(SchedulerMigrationHost)
+    host._scheduler = scheduler
+    assert host.can_stop(req) == can_stop
+
+
+def test_an_abort_while_the_engine_is_paused_is_applied_afterwards(overlap: bool) -> None:
+    world = World(overlap=overlap)
+    world.submit("r", prompt=20, max_new=60)
+    migration = world.start("r", 0, 1)
+    drive_source_to(world, migration, SourceState.COPYING)
+    world.workers[0].paused = True
+    world.workers[0].iterate()
+    world.abort("r")
+    world.settle()
+    world.workers[0].paused = False
+    world.round()
+    world.round()
+    assert world.ends["r"] == ["aborted"]
+    finish(world)
 
 
 # --- aborted by the client ------------------------------------------------------------------
@@ -1029,6 +1088,7 @@ KINDS = (
     "kv_fails_at_source",
     "kv_fails_at_target",
     "refuse",
+    "pause",
 )
 # Two bytes an action: which, and its operand. Fast to draw, and shrinks towards "nothing".
 SCHEDULES = st.binary(min_size=120, max_size=280)
@@ -1098,6 +1158,9 @@ def perform(world: World, kind: str, operand: int, rids: list[str]) -> None:
         case "refuse":
             host = world.workers[operand % workers]
             host.refuses = None if host.refuses else "no running slot"
+        case "pause":
+            host = world.workers[operand % workers]
+            host.paused = not host.paused
         case "time":
             world.now += 0.5 + operand % 8
 
@@ -1120,6 +1183,8 @@ def run_schedule(
     for kind, operand in zip(schedule[::2], schedule[1::2]):
         perform(world, KINDS[kind % len(KINDS)], operand, rids)
         world.check()
+    for worker in world.workers:
+        worker.paused = False
     world.settle()
     world.check_quiet()
     for _ in range(3):

@@ -41,6 +41,10 @@ class SourceHost(SideHost, Protocol):
         """Whether the request decodes here."""
         ...
 
+    def can_stop(self, req: Req) -> bool:
+        """Whether the step with the request that is under way, if any, is about to end."""
+        ...
+
     def stop(self, req: Req) -> None:
         """Take the request out of the next step."""
         ...

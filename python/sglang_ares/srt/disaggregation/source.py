@@ -285,6 +285,10 @@ class SourceMigration:
             self._give_up(CANCELLED, "outgrew the reservation", now)
 
     def _stop(self, now: float) -> None:
+        if not self._host.can_stop(self.req):
+            # Resumed before that step's result is processed, it would run the step twice.
+            self._give_up(CANCELLED, "engine paused", now)
+            return
         self._host.stop(self.req)
         self._stopped = True
         self._enter(SourceState.STOPPING, now)

@@ -89,6 +89,10 @@ class SchedulerMigrationHost:
         """Whether the request decodes here."""
         return not req.finished() and any(r is req for r in self._scheduler.running_batch.reqs)
 
+    def can_stop(self, req: Req) -> bool:
+        """While the engine is paused, the result of a step stays unprocessed."""
+        return not self._scheduler._engine_paused or self.has_stopped(req)
+
     def stop(self, req: Req) -> None:
         """Take the request out of the running batch."""
         batch = self._scheduler.running_batch
