@@ -38,6 +38,7 @@ from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,
     Cancelled,
+    ChunkSent,
     Commit,
     Committed,
     Decoder,
@@ -332,6 +333,7 @@ OUT_OF_PLACE: dict[str, tuple[int, Callable[[int], Message]]] = {
         0,
         lambda i: Accept(migration_id=i, worker_id=1, prefix_tokens=1000),
     ),
+    "chunk of another worker": (1, lambda i: ChunkSent(migration_id=i, source=2)),
     "commit of another worker": (1, lambda i: replace(COMMIT, migration_id=i, source=2)),
     "cancel of another worker": (1, lambda i: Cancel(migration_id=i, source=2, reason="x")),
     "abort of another worker": (1, lambda i: ForwardAbort(migration_id=i, source=2)),
@@ -436,8 +438,8 @@ def test_an_error_while_taking_in_ends_the_migration_only(
 # --- anything at all ------------------------------------------------------------------------
 
 WORKER_MESSAGES = [
-    StartMigration, Offer, Accept, Refuse, Commit, Committed, Cancel, Cancelled, TransferFailed,
-    ForwardAbort,
+    StartMigration, Offer, Accept, Refuse, ChunkSent, Commit, Committed, Cancel, Cancelled,
+    TransferFailed, ForwardAbort,
 ]  # fmt: skip
 
 

@@ -192,6 +192,17 @@ def test_bandwidth_delays_the_copy_and_the_headroom_grows_with_it() -> None:
     finish(world)
 
 
+def test_a_copy_may_take_longer_than_the_timeout_while_chunks_go_out() -> None:
+    """Ten tokens take a thirtieth of a second, all of them half of one."""
+    world = limited(chunk_tokens=10, bandwidth_mb_s=0.3, timeout_s=0.1)
+    world.submit("r", prompt=100, max_new=150)
+    migration = world.start("r", 0, 1)
+    world.settle(rounds=400)
+    assert world.result(migration).outcome == COMPLETED
+    assert world.result(migration).duration_s > 4 * world.limits.timeout_s
+    finish(world)
+
+
 def test_without_budget_the_request_decodes_on() -> None:
     world = limited(chunk_tokens=10, bandwidth_mb_s=0.3)
     req = world.submit("r", prompt=100, max_new=150)

@@ -48,6 +48,7 @@ from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,
     Cancelled,
+    ChunkSent,
     Commit,
     Committed,
     Decoder,
@@ -817,6 +818,38 @@ def test_timeout_at_the_target(state: TargetState) -> None:
     result = world.result(migration)
     assert (result.outcome, result.reason) == (FAILED, f"timeout in {state.value}")
     assert world.owner("r") == 0
+    finish(world)
+
+
+def test_the_targets_clock_starts_again_with_chunks_and_commit() -> None:
+    world = World()
+    world.submit("r", prompt=20, max_new=100)
+    migration = world.start("r", 0, 1)
+    drive_source_to(world, migration, SourceState.COPYING)
+    record = target_of(world, migration).record
+    for last in (ChunkSent, Commit):
+        source = source_of(world, migration).record
+        while not [m for m in messages(world, 0, 1) if isinstance(m, last)]:
+            transfer_of(world, migration).advance()
+            world.workers[0].iterate()
+        world.now += 4
+        while world.deliver(0, 1):
+            pass
+        assert record.state is TargetState.RECEIVING
+        assert record.deadline == world.now + world.limits.timeout_s
+        source.deadline = world.now + world.limits.timeout_s
+    finish(world)
+    assert world.result(migration).outcome == COMPLETED
+
+
+def test_a_chunk_of_a_migration_that_is_over_is_ignored() -> None:
+    world = World()
+    world.submit("r", max_new=60)
+    migration = world.start("r", 0, 1)
+    world.settle()
+    for over in (migration, 9):
+        world.workers[1].manager.handle(ChunkSent(migration_id=over, source=0), 0.0)
+    assert not any(world.network.values())
     finish(world)
 
 

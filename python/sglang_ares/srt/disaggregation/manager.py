@@ -22,6 +22,7 @@ from sglang_ares.srt.managers.io_struct import (
     Adopted,
     Cancel,
     Cancelled,
+    ChunkSent,
     Commit,
     Committed,
     ForwardAbort,
@@ -272,7 +273,7 @@ class MigrationManager:
         match message:
             case Offer():
                 self._on_offer(message, now)
-            case Commit() | Cancel() | ForwardAbort():
+            case ChunkSent() | Commit() | Cancel() | ForwardAbort():
                 self._to_target(message, now)
             case Accept() | Refuse() | Committed() | Cancelled() | TransferFailed():
                 self._to_source(message, now)
@@ -300,7 +301,7 @@ class MigrationManager:
             self._building.pop(offer.room, None)
         self._drop_if_final(migration)
 
-    def _to_target(self, message: Commit | Cancel | ForwardAbort, now: float) -> None:
+    def _to_target(self, message: ChunkSent | Commit | Cancel | ForwardAbort, now: float) -> None:
         migration = self.inbound.get(message.migration_id)
         known = self._committed.get(message.migration_id)
         source = migration.record.source if migration else known[1] if known else None
@@ -312,7 +313,9 @@ class MigrationManager:
         if migration is not None and self._held(migration.record):
             self._postponed.append(message)
         elif migration is not None:
-            if isinstance(message, Commit):
+            if isinstance(message, ChunkSent):
+                migration.on_chunk_sent(now)
+            elif isinstance(message, Commit):
                 migration.on_commit(message, now)
             elif isinstance(message, Cancel):
                 migration.on_cancel(message.reason, now)
@@ -337,10 +340,10 @@ class MigrationManager:
                 Cancelled(migration_id=message.migration_id, worker_id=self._host.worker_id),
             )
 
-    def _after_commit(self, message: Commit | Cancel | ForwardAbort, rid: str) -> None:
+    def _after_commit(self, message: ChunkSent | Commit | Cancel | ForwardAbort, rid: str) -> None:
         if isinstance(message, ForwardAbort):
             self._host.abort_here(rid)
-        else:
+        elif not isinstance(message, ChunkSent):
             self._host.send(
                 message.source,
                 Committed(migration_id=message.migration_id, worker_id=self._host.worker_id),

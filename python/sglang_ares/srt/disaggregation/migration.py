@@ -7,7 +7,7 @@ STOPPING)::
     OFFERED   ── Offer ──────────────────────►   BUILDING   the request, its grammar
                                                  RESERVED   memory for tokens + headroom
               ◄── Accept | Refuse ───────────
-    COPYING   ── KV pages ───────────────────►   RECEIVING
+    COPYING   ── KV pages, ChunkSent … ──────►   RECEIVING
     STOPPING     (the step under way ends)
     HANDOVER  ── last KV pages, Commit ──────►
               ◄── Committed ─────────────────    COMMITTED  it owns the request
@@ -94,10 +94,11 @@ class ProtocolError(RuntimeError):
 
 @dataclass(frozen=True)
 class MigrationLimits:
-    """``timeout_s``: longest stay in one state, in COPYING without progress. ``headroom_tokens``:
-    how far the request may grow while it is copied, at least. ``final_tokens``: hand over once at
-    most this much is left to send. ``chunk_tokens``: most tokens sent in one piece. ``stopped_s``:
-    longest that a request whose live copy ran out of room waits, stopped, for the piece under way.
+    """``timeout_s``: longest stay in one state, in COPYING and RECEIVING without progress.
+    ``headroom_tokens``: how far the request may grow while it is copied, at least.
+    ``final_tokens``: hand over once at most this much is left to send. ``chunk_tokens``: most
+    tokens sent in one piece. ``stopped_s``: longest that a request whose live copy ran out of room
+    waits, stopped, for the piece under way.
     ``max_inbound``, ``max_outbound``: most migrations at once. ``bandwidth_mb_s``: 10^6 bytes of KV
     per second that a worker may send for migrations, 0 for any. ``memory_share``: largest share of
     the KV pool that inbound migrations may hold reserved. ``live_copy``: copy while the request

@@ -22,6 +22,7 @@ from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, spec
 from sglang_ares.srt.managers.io_struct import (
     Accept,
     Cancel,
+    ChunkSent,
     Commit,
     ForwardAbort,
     Offer,
@@ -275,6 +276,10 @@ class SourceMigration:
             self._send_pages(min(complete, self._sent_tokens + chunk), now)
             self._chunk_in_flight = True
             self.record.extend_deadline(now, self._limits.timeout_s)
+            self._host.send(
+                self.record.target,
+                ChunkSent(migration_id=self.record.migration_id, source=self._host.worker_id),
+            )
 
     def _out_of_room(self, left: int, now: float) -> None:
         """The request has outgrown its reservation before the copy caught up with it: stop it if

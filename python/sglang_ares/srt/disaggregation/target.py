@@ -131,6 +131,11 @@ class TargetMigration:
         self._arrival = Arrival(self._receiver, self.record.room, self._arrived_room)
         self._enter(TargetState.RESERVED, now)
 
+    def on_chunk_sent(self, now: float) -> None:
+        """The copy goes on."""
+        if self.record.state is TargetState.RECEIVING and self._commit is None:
+            self.record.extend_deadline(now, self._limits.timeout_s)
+
     def on_commit(self, commit: Commit, now: float) -> None:
         """The source has stopped; take over when the KV is complete too."""
         fault = commit_fault(commit, self._offer, self._host.facts)
@@ -139,6 +144,7 @@ class TargetMigration:
         expected = self.record.state is TargetState.RECEIVING and self._commit is None
         if expected and fault is None:
             self._commit = commit
+            self.record.extend_deadline(now, self._limits.timeout_s)
             self._take_over_when_complete(now)
             return
         fault = fault or f"it is {self.record.state.value}, or was sent before"

@@ -309,6 +309,13 @@ class Refuse(Message, frozen=True, kw_only=True):
     reason: Reason
 
 
+class ChunkSent(Message, frozen=True, kw_only=True):
+    """Source: more KV pages are on their way, and these were not the last."""
+
+    migration_id: SequenceId
+    source: WorkerId
+
+
 class Commit(Message, frozen=True, kw_only=True):
     """Source: it has stopped; this is its final state, and the last KV pages are on their way.
 
@@ -583,6 +590,7 @@ WorkerInbound = (
     | Offer
     | Accept
     | Refuse
+    | ChunkSent
     | Commit
     | Committed
     | Cancel
