@@ -43,6 +43,7 @@ from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from unit.recovery_world import request
 
 P0, D1, D2 = 0, 1, 2
 
@@ -302,6 +303,25 @@ def test_a_request_that_waits_is_on_no_worker(
     assert controller.answered == [("r", None, "aborted by the client")]
     assert not sent and not controller.to_all
     assert not controller.state.owners and not len(controller.waiting)
+
+
+# --- a worker changes its role --------------------------------------------------------------
+
+
+def test_what_cannot_move_is_not_handed_back(controller: Controller) -> None:
+    """Its first token may have come after the last report; the fence would then find output that
+    no other worker can go on from, and the client would get an error."""
+    recovered: list[tuple[list[str], str]] = []
+    controller.recovery.recover = lambda owners, reason: recovered.append(  # type: ignore[method-assign]
+        ([owner.rid for owner in owners], reason)
+    )
+    controller.ares_args = AresArgs()  # type: ignore[misc]
+    movable, immovable = controller.own("movable"), controller.own("immovable")
+    movable.request = request()
+    immovable.request = request(custom_logit_processor="a function")
+    controller.hand_back(D1)
+    assert recovered == [(["movable"], "worker 1 changes its role")]
+    assert (movable.handed_back, immovable.handed_back) == (1, 0)
 
 
 # --- what can be served ---------------------------------------------------------------------

@@ -27,6 +27,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from sglang.srt.utils.network import get_zmq_socket
 from sglang.utils import TypeBasedDispatcher
 
+from sglang_ares.srt.disaggregation.refusals import REQUEST, first_refusal
 from sglang_ares.srt.disaggregation.request_state import make_fit_to_travel
 from sglang_ares.srt.emulation.settings import not_emulated, profile_of
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
@@ -419,9 +420,14 @@ class AresController(DataParallelController):
         self.mover.empty_draining_workers()
 
     def hand_back(self, worker_id: int) -> None:
-        """Dispatch anew the requests of a worker that have no output yet."""
+        """Dispatch anew the requests of a worker that have no output yet. One that could not go on
+        from its output stays: its first token may be on its way to here."""
         if self.ares_args.role_emptying == "migrate":
-            waiting = self.state.without_output(worker_id)
+            waiting = [
+                owner
+                for owner in self.state.without_output(worker_id)
+                if first_refusal(REQUEST, owner.request) is None
+            ]
             for owner in waiting:
                 owner.handed_back += 1
             self.recovery.recover(waiting, f"worker {worker_id} changes its role")

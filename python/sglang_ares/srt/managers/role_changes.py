@@ -67,7 +67,7 @@ class RoleHost(Protocol):
         ...
 
     def hand_back(self, worker_id: int) -> None:
-        """Dispatch anew the requests of a worker that have no output yet."""
+        """Dispatch anew the requests of a worker that have no output yet and may go elsewhere."""
         ...
 
     def role_changed(self, worker_id: int, role: str) -> None:
