@@ -224,6 +224,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.scheduler", "Scheduler.handle_generate_request", ("recv_req",), "scheduler.py"),
     ("managers.scheduler", "Scheduler._add_request_to_queue", ("req", "is_retracted"),
      "scheduler.py"),
+    ("managers.scheduler", "Scheduler._set_or_validate_priority", ("req",), "scheduler.py"),
     ("managers.scheduler", "Scheduler.abort_request", ("recv_req",), "scheduler.py"),
     ("managers.scheduler", "Scheduler._get_new_prebuilt_batch", ("running_batch",),
      "scheduler.py"),

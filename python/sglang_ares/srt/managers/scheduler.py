@@ -352,6 +352,9 @@ class AresScheduler(Scheduler):
 
     def _add_request_to_queue(self, req: Req, is_retracted: bool = False) -> None:
         """A request built for a migration goes to its migration, not to the queue."""
+        if self.enable_priority_scheduling:
+            # Those taken below never come to where upstream does this, and it sorts them, too.
+            self._set_or_validate_priority(req)
         if is_retracted:
             self.ares.retracted += 1
         elif self.migrations is not None and self.migrations.take_built(req, self.intake.now):
