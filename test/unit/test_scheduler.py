@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from llguidance import LLTokenizer
+from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+from sglang.srt.constrained.outlines_backend import OutlinesGrammar
+from sglang.srt.disaggregation.decode_schedule_batch_mixin import (
+    ScheduleBatchDisaggregationDecodeMixin,
+)
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, restore, rewind
 from sglang_ares.srt.managers.scheduler import AresScheduler
 
 
@@ -65,3 +76,92 @@ def test_without_priority_scheduling_a_priority_is_no_reason_to_refuse_a_moved_r
     req = new_req(priority=5)
     scheduler._add_request_to_queue(req)
     assert req.priority == 5 and req.to_finish is None
+
+
+# --- grammars -------------------------------------------------------------------------------
+
+
+class Guide:
+    """What ``OutlinesGrammar`` asks of a guide, for the pattern ``ab*c``."""
+
+    def get_next_state(self, state: int, token: int) -> int:
+        return {(0, ord("a")): 1, (1, ord("b")): 1, (1, ord("c")): 2}.get((state, token), -1)
+
+
+def may_follow(grammar: GuidanceGrammar) -> list[int]:
+    mask = grammar.allocate_vocab_mask(0, 1, "cpu")
+    grammar.fill_vocab_mask(mask, 0)
+    return mask.tolist()
+
+
+# How to make the grammar, an answer that follows it (a token a byte), what its position is.
+Grammar = tuple[Callable[[], BaseGrammarObject], bytes, Callable[[Any], Any]]
+GRAMMARS: dict[str, Grammar] = {
+    "llguidance": (
+        lambda: GuidanceGrammar(LLTokenizer("byte"), '%llguidance {}\nstart: /"x":\\[[0-9,]+\\]/'),
+        b'"x":[12,3]',
+        may_follow,
+    ),
+    "outlines": (lambda: OutlinesGrammar(Guide(), None), b"abbc", lambda g: g.state),
+}
+
+
+def moves(req: Req, arrived: Req) -> Req:
+    restore(arrived, capture(req))
+    return arrived
+
+
+def is_resumed(req: Req, arrived: Req) -> Req:
+    rewind(arrived, pack_ids(req.output_ids))
+    arrived.output_ids.append(arrived.pd_rebootstrap_forced_output_id)
+    return arrived
+
+
+def comes_back(req: Req, arrived: Req) -> Req:
+    return req
+
+
+def enter(req: Req) -> None:
+    """The scheduler makes a batch of what has its KV here."""
+    batch: Any = SimpleNamespace(
+        reqs=[req],
+        tree_cache=None,
+        device="cpu",
+        req_pool_indices=torch.tensor([0]),
+        spec_algorithm=SimpleNamespace(build_disagg_draft_input=lambda *_: None),
+        is_empty=lambda: False,
+    )
+    batch.process_prebuilt = partial(ScheduleBatchDisaggregationDecodeMixin.process_prebuilt, batch)
+    scheduler = scheduler_with(
+        _get_new_prebuilt_batch=lambda running_batch: batch,
+        kv_checksum_computer=None,
+        chunked_req=None,
+        ngram_embedding_manager=SimpleNamespace(prepare_for_forward=lambda *_, **__: None),
+        future_map=SimpleNamespace(stash=lambda *_: None),
+    )
+    assert scheduler.get_new_prebuilt_batch(None) is batch
+
+
+@pytest.mark.parametrize("how", [moves, is_resumed, comes_back])
+@pytest.mark.parametrize("kind", GRAMMARS)
+def test_a_grammar_sees_every_token_once(
+    kind: str, how: Callable[[Req, Req], Req], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``comes_back``: its move is cancelled after it stopped, or upstream retracts it."""
+    make, answer, position = GRAMMARS[kind]
+    for length in range(1, len(answer)):
+        req, arrived, unbroken = new_req(), new_req(), make()
+        for r in (req, arrived):
+            r.grammar = make()
+            r.skip_radix_cache_insert = True  # there is no cache here
+        req.output_ids.append(answer[0])  # the prefill worker's: only the batch feeds it
+        enter(req)
+        for token in answer[1:length]:
+            req.output_ids.append(token)
+            req.grammar.accept_token(token)
+        for token in answer[:length]:
+            unbroken.accept_token(token)
+        entered = how(req, arrived)
+        enter(entered)
+        assert entered.to_finish is None, answer[:length]
+        assert position(entered.grammar) == position(unbroken), answer[:length]

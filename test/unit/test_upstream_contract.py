@@ -226,6 +226,8 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "scheduler.py"),
     ("managers.scheduler", "Scheduler._set_or_validate_priority", ("req",), "scheduler.py"),
     ("managers.scheduler", "Scheduler.abort_request", ("recv_req",), "scheduler.py"),
+    ("managers.scheduler", "Scheduler.get_new_prebuilt_batch", ("running_batch",),
+     "scheduler.py"),
     ("managers.scheduler", "Scheduler._get_new_prebuilt_batch", ("running_batch",),
      "scheduler.py"),
     ("managers.scheduler_components.ipc_channels", "SchedulerIpcChannels",
@@ -404,7 +406,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "process_batch_result", "_copy_auxiliary_output_to_cpu", "run_batch", "on_idle",
             "is_fully_idle",
             "handle_generate_request", "_add_request_to_queue", "abort_request",
-            "_get_new_prebuilt_batch",
+            "get_new_prebuilt_batch", "_get_new_prebuilt_batch",
         ),
     ),
     "AresController": (

@@ -228,6 +228,14 @@ def replay(req: Req, output_ids: Sequence[int]) -> None:
     if req.grammar is not None:
         for token in output_ids:
             req.grammar.accept_token(token)
+            note_fed(req, token)
+
+
+def note_fed(req: Req, token: int) -> None:
+    """The request's grammar has seen its output up to ``token``. When the request enters a batch,
+    upstream feeds the last token to a grammar that names none; few kinds name it by themselves."""
+    if req.grammar is not None:
+        req.grammar.current_token = token
 
 
 def restore(req: Req, state: RequestState, replayed: int = 0) -> None:
@@ -268,9 +276,7 @@ def rewind(req: Req, packed: bytes) -> None:
             filler: Any = 0.0 if name == "output_token_logprobs_val" else []
             filler = 0 if name == "output_token_logprobs_idx" else filler
             setattr(req.logprob, name, [filler] * len(output))
-    if req.grammar is not None:
-        for token in output:
-            req.grammar.accept_token(token)
+    replay(req, output)
     # Upstream appends the last token when the KV has arrived.
     req.pd_rebootstrap_forced_output_id = output[-1]
     req.output_ids = output[:-1]

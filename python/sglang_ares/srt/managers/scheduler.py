@@ -19,6 +19,7 @@ from sglang_ares.srt.disaggregation.kv_link import KvLink
 from sglang_ares.srt.disaggregation.manager import MigrationManager
 from sglang_ares.srt.disaggregation.penalties import seed_penalties
 from sglang_ares.srt.disaggregation.refusals import MODEL, first_refusal
+from sglang_ares.srt.disaggregation.request_state import note_fed
 from sglang_ares.srt.disaggregation.resume import ResumedRequests
 from sglang_ares.srt.disaggregation.roles import add_prefill_side, label
 from sglang_ares.srt.managers.control_intake import ControlIntake, ControlRequestReceiver
@@ -371,6 +372,14 @@ class AresScheduler(Scheduler):
         if self.migrations is not None:
             self.migrations.on_abort(recv_req.rid or "", recv_req.abort_all, self.intake.now)
         super().abort_request(recv_req)
+
+    def get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
+        """Upstream's; the grammars of the batch have then seen all output. Should their requests
+        stop and enter again, upstream is not to feed them the last token once more."""
+        batch = super().get_new_prebuilt_batch(running_batch)
+        for req in batch.reqs if batch is not None else ():
+            note_fed(req, req.output_ids[-1])
+        return batch
 
     def _get_new_prebuilt_batch(self, running_batch: ScheduleBatch) -> ScheduleBatch | None:
         """Upstream's batch of requests whose KV is here; the penalties of those that come with
