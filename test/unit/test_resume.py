@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.managers.scheduler_components.batch_result_processor import (
+    SchedulerBatchResultProcessor,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.srt.disaggregation.checks import WorkerFacts, resume_fault
@@ -28,6 +32,7 @@ from sglang_ares.srt.security.dropped import DroppedFrames
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 OUTPUT = [21, 22, 23, 24]
+THINK_END = [98, 99]
 
 
 def tokenized(**changes: Any) -> TokenizedGenerateReqInput:
@@ -65,6 +70,7 @@ def new_req(recv_req: TokenizedGenerateReqInput | None = None) -> Req:
         bootstrap_host=recv_req.bootstrap_host,
         bootstrap_port=recv_req.bootstrap_port,
         bootstrap_room=recv_req.bootstrap_room,
+        require_reasoning=recv_req.require_reasoning,
     )
 
 
@@ -164,11 +170,15 @@ def test_the_prefill_worker_computes_all_but_the_last_token() -> None:
     assert list(attempt.input_ids) == PROMPT and attempt.sampling_params.max_new_tokens == 50
 
 
-def message() -> Any:
+def message(output: list[int] = OUTPUT, reasoning_tokens: int = 3, **changes: Any) -> Any:
     emitted = EmittedTokens(
-        rid="r", ended=False, output_ids=pack_ids(OUTPUT), cached_tokens=6, reasoning_tokens=3
+        rid="r",
+        ended=False,
+        output_ids=pack_ids(output),
+        cached_tokens=6,
+        reasoning_tokens=reasoning_tokens,
     )
-    return Decoder(WorkerInbound).decode(encode(resume_message(tokenized(), emitted)))
+    return Decoder(WorkerInbound).decode(encode(resume_message(tokenized(**changes), emitted)))
 
 
 def test_the_decode_worker_is_sent_the_request_and_its_output() -> None:
@@ -217,6 +227,11 @@ class FakeScheduler:
         self.disagg_decode_prealloc_queue = SimpleNamespace(
             kv_manager=SimpleNamespace(submit_prefill_recompute=None), add=self._add
         )
+        processor: Any = SimpleNamespace(model_config=SimpleNamespace(think_end_ids=THINK_END))
+        processor._maybe_update_reasoning_tokens = partial(
+            SchedulerBatchResultProcessor._maybe_update_reasoning_tokens, processor
+        )
+        self.batch_result_processor = processor
 
     def handle_generate_request(self, recv_req: TokenizedGenerateReqInput) -> None:
         self.received.append(recv_req)
@@ -280,6 +295,28 @@ def test_it_enters_with_the_counters_the_client_knows(
     assert (req.cached_tokens, req.reasoning_tokens) == (6, 3)
     resumed.note_entering([req])
     assert not resumed._waiting
+
+
+@pytest.mark.parametrize("died_after", range(1, 8))
+def test_reasoning_ends_where_it_would_have(
+    scheduler: Any, resumed: ResumedRequests, died_after: int
+) -> None:
+    """Before, within and after the sequence that ends it."""
+    answer = [10, 98, 11, *THINK_END, 20, 21, 22]
+    unbroken = new_req(tokenized(require_reasoning=True))
+    count = scheduler.batch_result_processor._maybe_update_reasoning_tokens
+    for token in answer[:died_after]:
+        count(unbroken, token)
+    resumed.start(message(answer[:died_after], unbroken.reasoning_tokens, require_reasoning=True))
+    req = new_req(scheduler.received[-1])
+    assert resumed.take_built(req)
+    kv_arrives(req)
+    resumed.note_entering([req])
+    for token in answer[died_after:]:
+        count(req, token)
+        count(unbroken, token)
+        assert req.reasoning_tokens == unbroken.reasoning_tokens
+    assert req.reasoning_tokens == 5
 
 
 def test_one_that_ends_while_it_waits_is_let_go(scheduler: Any, resumed: ResumedRequests) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_ares.srt.disaggregation.request_state import rewind, tokenized_input
+from sglang_ares.srt.disaggregation.request_state import rewind, tokenized_input, unpack_ids
 from sglang_ares.srt.managers.io_struct import Resume
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class ResumedRequests:
             queue.add(req)
             return True
         rewind(req, message.output_ids)
+        # So that the request is within its reasoning, or beyond its end, where it was.
+        processor = self._scheduler.batch_result_processor
+        processor._maybe_update_reasoning_tokens(req, unpack_ids(message.output_ids).tolist())
         self._waiting.append(_Waiting(req, message))
         queue.add(req, is_rebootstrap=True)
         return True
