@@ -113,8 +113,9 @@ def refusals_page() -> str:
             "",
             (
                 "A target also refuses while it has no KV memory, request slot or metadata slot "
-                "for the request, while it is paused or retracts requests, and beyond "
-                "`--ares-max-migrations-per-worker`."
+                "for the request, while it is paused or retracts requests, beyond "
+                "`--ares-max-migrations-per-worker`, and where the request's LoRA adapter is not "
+                "loaded or would be one too many for a batch (`--max-loras-per-batch`)."
             ),
             "",
             "## A change of role",

@@ -283,6 +283,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_hierarchical_cache": True}, "hierarchical_cache"),
     ({"enable_hisparse": True}, "hierarchical_cache"),
     ({"enable_lmcache": True}, "hierarchical_cache"),
+    ({"enable_lora_overlap_loading": True}, "lora_overlap_loading"),
     ({"enable_pd_role_switch": True}, "role_switch"),
     ({"is_embedding": True}, "embedding"),
     ({"skip_tokenizer_init": True}, "skip_tokenizer_init"),

@@ -6,6 +6,7 @@ import sys
 from array import array
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +19,14 @@ from sglang.srt.constrained.outlines_backend import OutlinesGrammar
 from sglang.srt.disaggregation.decode_schedule_batch_mixin import (
     ScheduleBatchDisaggregationDecodeMixin,
 )
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import SchedulePolicy
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.srt.disaggregation.request_state import capture, pack_ids, restore, rewind
+from sglang_ares.srt.disaggregation.target import TargetMigration
+from sglang_ares.srt.managers.migration_host import SchedulerMigrationHost
 from sglang_ares.srt.managers.scheduler import AresScheduler
 
 
@@ -76,6 +80,93 @@ def test_without_priority_scheduling_a_priority_is_no_reason_to_refuse_a_moved_r
     req = new_req(priority=5)
     scheduler._add_request_to_queue(req)
     assert req.priority == 5 and req.to_finish is None
+
+
+# --- LoRA adapters --------------------------------------------------------------------------
+
+
+def offer_of(lora_id: str | None) -> Any:
+    return SimpleNamespace(spec=SimpleNamespace(rid="new#00", lora_id=lora_id))
+
+
+def decoding(**where: str | None) -> AresScheduler:
+    """A decode worker whose batches hold two adapters. ``where``: what needs which."""
+    reqs = {place: [SimpleNamespace(lora_id=lora_id)] for place, lora_id in where.items()}
+    adapters = object.__new__(LoRAManager)
+    adapters.max_loras_per_batch, adapters.num_pinned_loras = 2, 0
+    adapters.lora_refs = dict.fromkeys("abc")
+    inbound = object.__new__(TargetMigration)
+    inbound._offer = offer_of(where.get("inbound"))
+    scheduler: AresScheduler = scheduler_with(
+        ares=SimpleNamespace(role="decode", received={}),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(lora_manager=adapters)),
+        lora_drainer=None,
+        enable_lora_overlap_loading=False,
+        _engine_paused=False,
+        max_running_requests=100,
+        running_batch=SimpleNamespace(reqs=reqs.get("running", [])),
+        waiting_queue=reqs.get("waiting", []),
+        disagg_decode_transfer_queue=SimpleNamespace(
+            queue=[SimpleNamespace(req=req) for req in reqs.get("transferring", [])]
+        ),
+        disagg_decode_prealloc_queue=SimpleNamespace(retracted_queue=[]),
+        migrations=SimpleNamespace(
+            inbound={1: inbound} if "inbound" in where else {},
+            stopped_requests=lambda: reqs.get("stopped", []),
+        ),
+    )
+    return scheduler
+
+
+def refusal(scheduler: AresScheduler, lora_id: str | None) -> str | None:
+    host = object.__new__(SchedulerMigrationHost)
+    host._scheduler = scheduler
+    host._limits = SimpleNamespace(max_inbound=8)  # type: ignore[assignment]
+    return host.refusal(offer_of(lora_id))
+
+
+PLACES = ["running", "waiting", "transferring", "inbound", "stopped"]
+
+
+@pytest.mark.parametrize("one,other", list(combinations(PLACES, 2)))
+def test_a_move_is_refused_if_its_adapter_were_one_too_many_for_a_batch(
+    one: str, other: str
+) -> None:
+    """Upstream's forward ends the worker over a batch with too many."""
+    scheduler = decoding(**{one: "a", other: "b"})
+    for lora_id in ("c", None):
+        assert refusal(scheduler, lora_id) == "no room for the LoRA adapter in a batch"
+    assert refusal(scheduler, "a") is refusal(scheduler, "b") is None
+
+
+def test_the_model_alone_takes_the_place_of_an_adapter() -> None:
+    scheduler = decoding(running=None, inbound="a")
+    assert refusal(scheduler, "b") == "no room for the LoRA adapter in a batch"
+    assert refusal(scheduler, "a") is refusal(scheduler, None) is None
+
+
+def test_a_move_is_not_refused_where_there_are_no_adapters() -> None:
+    scheduler = decoding(running=None)
+    scheduler.tp_worker.model_runner.lora_manager = None
+    assert refusal(scheduler, None) is None
+    assert refusal(scheduler, "a") == "the LoRA adapter is not loaded here"
+
+
+@pytest.mark.parametrize("place", ["inbound", "stopped"])
+def test_new_requests_leave_room_for_the_adapters_of_those_that_move(place: str) -> None:
+    scheduler = decoding(**{place: "a"})
+
+    def fits(lora_id: str | None) -> bool:
+        return scheduler.can_schedule_lora_req(new_req(lora_id=lora_id), {"b"})
+
+    assert not fits("c") and not fits(None)
+    assert fits("a") and fits("b")
+
+
+def test_a_prefill_worker_counts_as_upstream_does() -> None:
+    scheduler = decoding()
+    scheduler.migrations = None
+    assert scheduler.can_schedule_lora_req(new_req(lora_id="a"), {"b"})
 
 
 # --- grammars -------------------------------------------------------------------------------

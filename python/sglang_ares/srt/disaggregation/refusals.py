@@ -70,6 +70,13 @@ CLUSTER: tuple[Refusal, ...] = (
         lambda a: a.enable_hierarchical_cache or a.enable_hisparse or a.enable_lmcache,
     ),
     Refusal(
+        "lora_overlap_loading",
+        "--enable-lora-overlap-loading",
+        "Adapters are then loaded as requests are queued, which one that moves is not.",
+        "Drop the flag; adapters are loaded with the first batch that needs them.",
+        lambda a: bool(a.enable_lora_overlap_loading),
+    ),
+    Refusal(
         "role_switch",
         "--enable-pd-role-switch",
         "ARES empties a worker before it changes its role.",

@@ -90,6 +90,11 @@ class TargetMigration:
             self._host.build(self._offer, self._source)
 
     @property
+    def lora_id(self) -> str | None:
+        """The LoRA adapter of the request, if it has one."""
+        return self._offer.spec.lora_id
+
+    @property
     def poller(self) -> Any:
         """What tells of the KV's arrival, once the transfer is open."""
         return self._arrival

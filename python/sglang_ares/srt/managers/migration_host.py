@@ -207,6 +207,8 @@ class SchedulerMigrationHost:
         lora_id = offer.spec.lora_id
         if lora_id is not None and (adapters is None or lora_id not in adapters.lora_refs):
             return "the LoRA adapter is not loaded here"
+        if adapters is not None and not adapters.validate_lora_batch(self._adapters() | {lora_id}):
+            return "no room for the LoRA adapter in a batch"
         if scheduler._engine_paused:
             return "engine paused"
         if len(scheduler.inbound_migrations()) > self._limits.max_inbound:
@@ -216,6 +218,15 @@ class SchedulerMigrationHost:
         if len(scheduler.running_batch.reqs) >= scheduler.max_running_requests:
             return "no running slot"
         return None
+
+    def _adapters(self) -> set[str | None]:
+        """LoRA adapters (None: the model alone) that one batch may need: upstream's count, and
+        those of requests on the move."""
+        scheduler = self._scheduler
+        transfers = scheduler.disagg_decode_transfer_queue
+        queued = [*scheduler.waiting_queue, *(d.req for d in transfers.queue)]
+        here = {req.lora_id for req in (*scheduler.running_batch.reqs, *queued)}
+        return here | scheduler.adapters_on_the_move()
 
     def lock_prefix(self, req: Req, offer: Offer) -> int:
         """Match the request's tokens, output included, as upstream's decode side matches prompts.

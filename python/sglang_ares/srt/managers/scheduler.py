@@ -365,6 +365,13 @@ class AresScheduler(Scheduler):
             return
         super()._add_request_to_queue(req, is_retracted)
 
+    def can_schedule_lora_req(self, req: Req, running_loras: set[str | None]) -> bool:
+        """Upstream's; the adapters of requests on the move count as running, for they may be needed
+        beside those that run."""
+        running = running_loras | self.adapters_on_the_move()
+        fits: bool = super().can_schedule_lora_req(req, running)
+        return fits
+
     def abort_request(self, recv_req: AbortReq) -> None:
         """Abort wherever the request is, in a migration too."""
         if recv_req.rid:
@@ -439,6 +446,14 @@ class AresScheduler(Scheduler):
     def outbound_migrations(self) -> list[SourceMigration]:
         """Migrations out of this worker."""
         return list(self.migrations.outbound.values()) if self.migrations is not None else []
+
+    def adapters_on_the_move(self) -> set[str | None]:
+        """LoRA adapters (None: the model alone) of requests that may enter a batch here and are in
+        no queue of upstream's: on their way in, or stopped on their way out."""
+        if self.migrations is None:
+            return set()
+        stopped = {req.lora_id for req in self.migrations.stopped_requests()}
+        return stopped | {m.lora_id for m in self.inbound_migrations()}
 
     # --- integrity --------------------------------------------------------------------------
 
