@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from sglang_ares.srt.managers.io_struct import Discard, FenceRequests, PeerDied
@@ -249,6 +250,19 @@ def test_what_cannot_move_ends_once_it_has_begun_to_stream() -> None:
     world.settle()
     status, reason = world.told_ends["r"]
     assert status == 500 and "cannot be continued elsewhere" in reason
+
+
+def test_an_output_whose_beginning_is_forgotten_ends_with_an_error() -> None:
+    world = world_with()
+    kill(world, D1)
+    hear_all(world)
+    (fence,) = world.fences
+    told = world.ledger.fence(fence)
+    (emitted,) = told.requests
+    forgotten = [msgspec.structs.replace(emitted, incomplete=True)]
+    world.recovery.on_fenced(msgspec.structs.replace(told, requests=forgotten))
+    status, reason = world.told_ends["r"]
+    assert status == 500 and "not remembered" in reason and world.dispatched["r"] == 1
 
 
 def test_what_cannot_move_is_dispatched_again_before_its_first_token() -> None:

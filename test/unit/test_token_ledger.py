@@ -191,6 +191,36 @@ def test_memory_is_bounded() -> None:
     assert tokens(line.fence(r49=1)["r49"]) == [1]
 
 
+def test_a_stream_is_remembered_however_many_requests_come_and_go_meanwhile() -> None:
+    line = Line(capacity=4)
+    line.hear(("long#00", [0], 0, False))
+    for n in range(1, 20):
+        line.hear((f"short{n}#00", [7], 0, False), (f"lost{n}#00", [7], 0, False))
+        line.hear((f"short{n}#00", [8], 1, True))
+        line.hear(("long#00", [n], n, False))
+    emitted = line.fence(long=1)["long"]
+    assert tokens(emitted) == line.streams["long"] == list(range(20)) and not emitted.incomplete
+
+
+def test_an_end_is_remembered_while_many_requests_run() -> None:
+    line = Line(capacity=4)
+    line.hear(("r#00", [1], 0, True))
+    for n in range(20):
+        line.hear((f"s{n}#00", [7], 0, False))
+    line.hear(("r#00", [2], 1, False))  # void, and late
+    assert line.fence(r=1)["r"].ended
+
+
+def test_what_is_forgotten_is_not_taken_for_the_whole_output() -> None:
+    """More requests are live than the ledger can remember."""
+    line = Line(capacity=4)
+    for start in range(2):
+        for n in range(5):
+            line.hear((f"r{n}#00", [7], start, False))
+    emitted = line.fence(r4=1)["r4"]
+    assert emitted.incomplete and tokens(emitted) == [7]
+
+
 # --- any history ----------------------------------------------------------------------------
 
 

@@ -387,6 +387,7 @@ class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):
     """What of a request went towards the client before the fence; nothing else ever will.
 
     ``ended``: its last token or an error went out. ``output_ids``: little-endian int32.
+    ``incomplete``: more had gone out before these.
     """
 
     rid: Rid
@@ -394,6 +395,7 @@ class EmittedTokens(msgspec.Struct, frozen=True, kw_only=True):
     output_ids: bytes
     cached_tokens: Count
     reasoning_tokens: Count
+    incomplete: bool = False
 
 
 class Fenced(Message, frozen=True, kw_only=True):

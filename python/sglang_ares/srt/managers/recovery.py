@@ -180,6 +180,11 @@ class Recovery:
         failures = owner.attempt - owner.first_attempt - owner.handed_back
         if failures > self._max_attempts:
             return 500, f"the request failed {failures} times; see the server's log"
+        if emitted.incomplete:
+            return 500, (
+                "the worker of this request died, and its output so far is not remembered: too "
+                "many requests ran at once"
+            )
         row = first_refusal(REQUEST, owner.request) if emitted.output_ids else None
         if row is not None:
             return 500, (

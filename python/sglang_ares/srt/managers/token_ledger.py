@@ -20,7 +20,7 @@ from sglang_ares.srt.managers.attempts import split_rid
 from sglang_ares.srt.managers.batch_items import first_token, select
 from sglang_ares.srt.managers.io_struct import EmittedTokens, Fenced, FenceRequests
 
-# Requests remembered at most: live ones, and ended ones that a fence may still ask for.
+# Requests remembered at most: so many live ones, and so many ended ones that a fence may ask for.
 _CAPACITY = 1 << 16
 
 
@@ -30,7 +30,8 @@ class _Entry:
     output_ids: array[int] = field(default_factory=lambda: array("q"))
     cached_tokens: int = 0
     reasoning_tokens: int = 0
-    ended: bool = False
+    # Its beginning is forgotten: nobody can continue it.
+    incomplete: bool = False
 
 
 class TokenLedger:
@@ -38,7 +39,11 @@ class TokenLedger:
 
     def __init__(self, capacity: int = _CAPACITY) -> None:
         self._capacity = capacity
+        # Live requests, the one that has been silent for longest first: what nobody will ever
+        # hear the end of goes before any that still streams.
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        # Ended ones: the attempt that came to the end.
+        self._ended: OrderedDict[str, int] = OrderedDict()
         # Requests that were fenced, and the first attempt that may speak; others: attempt 0.
         # (A rid that is used again goes on counting, without a fence.)
         self._attempts: OrderedDict[str, int] = OrderedDict()
@@ -67,21 +72,27 @@ class TokenLedger:
     def record(self, batch: BatchTokenIDOutput) -> None:
         """Note what goes out now: ``batch`` is admitted and in order."""
         for i, rid in enumerate(batch.rids or ()):
-            entry = self._entries.get(rid)
-            if entry is None or first_token(batch, i) == 0:
-                entry = self._entries[rid] = _Entry()
-                self._entries.move_to_end(rid)
-                _forget_oldest(self._entries, self._capacity)
-            entry.attempt = self._speakers.get(rid, 0)
+            attempt, start = self._speakers.get(rid, 0), first_token(batch, i)
             if batch.finished_reasons[i] is not None:
-                entry.ended = True
-                entry.output_ids = array("q")
+                self._entries.pop(rid, None)
                 self._attempts.pop(rid, None)
+                self._ended[rid] = attempt
+                self._ended.move_to_end(rid)
                 continue
+            entry = self._entries.get(rid)
+            if entry is None and start > 0 and rid in self._ended:
+                continue  # a void attempt's last words
+            if entry is None or start == 0:
+                self._ended.pop(rid, None)
+                entry = self._entries[rid] = _Entry(incomplete=start > 0)
+            self._entries.move_to_end(rid)
+            entry.attempt = attempt
             if batch.output_ids is not None:
                 entry.output_ids.extend(batch.output_ids[i])
             entry.cached_tokens = batch.cached_tokens[i]
             entry.reasoning_tokens = batch.reasoning_tokens[i]
+        _forget_oldest(self._entries, self._capacity)
+        _forget_oldest(self._ended, self._capacity)
 
     def fence(self, request: FenceRequests) -> Fenced:
         """Let no earlier attempts speak from here on; what they had said."""
@@ -89,13 +100,15 @@ class TokenLedger:
         for rid, attempt in request.attempts.items():
             self._attempts[rid] = attempt
             self._attempts.move_to_end(rid)
+            first = request.first_attempts.get(rid, 0)
             entry = self._entries.get(rid, _Entry())
-            if entry.attempt < request.first_attempts.get(rid, 0):
+            if entry.attempt < first:
                 entry = _Entry()
             emitted.append(
                 EmittedTokens(
                     rid=rid,
-                    ended=entry.ended,
+                    ended=self._ended.get(rid, -1) >= first,
+                    incomplete=entry.incomplete,
                     output_ids=pack_ids(entry.output_ids),
                     cached_tokens=entry.cached_tokens,
                     reasoning_tokens=entry.reasoning_tokens,
