@@ -16,7 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.managers.auxiliary_output import CommittedTokens
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ares.srt.disaggregation.request_state import recompute_input
 from sglang_ares.srt.policy.types import LEVELS, Remaining
 from sglang_ares.srt.predictor.correction import OnlineCorrection, _quantiles
 from sglang_ares.srt.predictor.estimate import RequestPrediction, blend, keeps_trail_at
@@ -147,6 +150,19 @@ def test_prefills_estimates_are_passed_on_once() -> None:
     step(tracker, [req], [ROW])
     ((rid, estimate),) = tracker.take_first()
     assert rid == "r" and estimate == pytest.approx([q - 1 for q in QUANTILES])
+    assert tracker.take_first() == []
+
+
+def test_of_output_that_is_recomputed_nothing_is_passed_on() -> None:
+    """The prefill worker's request ends with its first token, the client's goes on."""
+    attempt = TokenizedGenerateReqInput(
+        **{f.name: None for f in msgspec.structs.fields(TokenizedGenerateReqInput) if f.required}
+        | {"rid": "r#01", "input_ids": array("q", [1]), "sampling_params": SamplingParams()}
+    )
+    sent = recompute_input(attempt, array("q", range(50)))
+    tracker, req = PredictionTracker(LAW), request("r#01")
+    req.sampling_params = sent.sampling_params
+    step(tracker, [req], [ROW])
     assert tracker.take_first() == []
 
 

@@ -103,6 +103,10 @@ class PredictionTracker:
         return prediction
 
     def _pass_on(self, req: Any) -> None:
+        if req.sampling_params.max_new_tokens <= 1:
+            # Nothing will be left, or this recomputes output for a decode worker that goes on
+            # from it: of that request the limit says nothing.
+            return
         estimate = self.remaining(req)
         if estimate is not None:
             self.first.append((req.rid, estimate))
