@@ -22,7 +22,13 @@ from sglang_ares.srt.managers.cluster_views import (
     Ownership,
     WorkerView,
 )
-from sglang_ares.srt.managers.io_struct import Adopted, MigrationResult, PoolCounters, WorkerReport
+from sglang_ares.srt.managers.io_struct import (
+    Adopted,
+    FirstEstimates,
+    MigrationResult,
+    PoolCounters,
+    WorkerReport,
+)
 from sglang_ares.srt.policy.types import DECODE, PREFILL, RequestLoad, WorkerLoad
 
 P0, D1, D2 = 0, 1, 2
@@ -62,6 +68,7 @@ def report(
     finished: list[str] | None = None,
     queued: int = 0,
     queued_tokens: int = 0,
+    output_tokens: int = 1,
 ) -> WorkerReport:
     requests = requests or {}
     return WorkerReport(
@@ -79,7 +86,7 @@ def report(
                 RequestLoad(
                     rid=first_attempt(rid),
                     tokens=tokens,
-                    output_tokens=1,
+                    output_tokens=output_tokens,
                     age_s=1.0,
                     since_move_s=1.0,
                     movable=True,
@@ -514,3 +521,20 @@ def test_what_moves_counts_where_it_goes(state: ClusterState) -> None:
         view.load = lambda moving=frozenset(), load=load: load  # type: ignore[method-assign]
     start(state, 1, "r", D1, D2)
     assert {w.worker_id: w.load_tokens for w in state.loads("decode")} == {D1: 100, D2: 300}
+
+
+@pytest.mark.parametrize(
+    ("output_tokens", "left"),
+    [(1, (10, 20, 30, 40)), (16, (0, 5, 15, 25)), (41, None), (5000, None)],
+)
+def test_prefills_estimate_shrinks_with_the_output_until_it_is_used_up(
+    state: ClusterState, output_tokens: int, left: Any
+) -> None:
+    """The decode worker has no head and reports no prediction."""
+    dispatch(state, "r", P0, D1, 10)
+    estimates = {first_attempt("r"): (10.0, 20.0, 30.0, 40.0)}
+    state.note_first_estimates(FirstEstimates(worker_id=P0, remaining=estimates))
+    state.note_report(report(D1, {"r": 10}, output_tokens=output_tokens))
+    ((request,),) = (w.requests for w in state.loads(DECODE) if w.worker_id == D1)
+    (document,) = requests_document(state)
+    assert request.remaining == document["predicted_remaining"] == left

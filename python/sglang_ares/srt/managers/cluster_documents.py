@@ -46,8 +46,9 @@ def _request(owner: Ownership, load: RequestLoad | None, now: float) -> dict[str
 
 
 def _remaining(owner: Ownership, load: RequestLoad | None) -> Remaining | None:
-    reported = load.remaining if load is not None else None
-    return reported if reported is not None else owner.first_estimate
+    if load is not None and load.remaining is not None:
+        return load.remaining
+    return owner.expected_after(load.output_tokens if load is not None else 0)
 
 
 def _worker(view: WorkerView, state: str) -> dict[str, Any]:

@@ -124,12 +124,13 @@ class ClusterState:
         return list(loads.values())
 
     def _with_first_estimates(self, load: WorkerLoad) -> WorkerLoad:
-        """What prefill predicted stands in until the decode worker reports a prediction."""
+        """What is left of prefill's prediction stands in where the decode worker reports none."""
         requests = []
         for request in load.requests:
             owner = self.owner_of(request.rid) if request.remaining is None else None
-            if owner is not None and owner.first_estimate is not None:
-                request = msgspec.structs.replace(request, remaining=owner.first_estimate)
+            if owner is not None:
+                expected = owner.expected_after(request.output_tokens)
+                request = msgspec.structs.replace(request, remaining=expected)
             requests.append(request)
         return msgspec.structs.replace(load, requests=tuple(requests))
 

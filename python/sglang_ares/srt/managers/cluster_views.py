@@ -10,6 +10,7 @@ import msgspec
 from sglang_ares.srt.managers.attempts import internal_rid
 from sglang_ares.srt.managers.io_struct import WorkerReport
 from sglang_ares.srt.policy.types import Remaining, WorkerLoad
+from sglang_ares.srt.predictor.estimate import brought_forward
 
 # What a worker can be: serving; lost, its processes not gone yet; waiting for its restart or
 # starting again; given up; gone with its host, which had asked.
@@ -89,7 +90,7 @@ class Ownership:
     # Attempts that ended because their worker changed its role: no failures.
     handed_back: int = 0
     aborted: bool = False
-    # What prefill predicted, until its decode worker does.
+    # What prefill predicted after the first output token, until its decode worker predicts.
     first_estimate: Remaining | None = None
 
     @property
@@ -101,6 +102,14 @@ class Ownership:
     def name(self) -> str:
         """What the workers call it."""
         return internal_rid(self.rid, self.attempt)
+
+    def expected_after(self, output_tokens: int) -> Remaining | None:
+        """What is left of the first estimate; None once nothing is, as more will come than it
+        knew of."""
+        if self.first_estimate is None:
+            return None
+        left = brought_forward(self.first_estimate, max(output_tokens - 1, 0))
+        return left if left[-1] > 0 else None
 
 
 # Why a migration was commanded.
