@@ -411,7 +411,7 @@ def test_a_lost_worker_takes_nothing_and_its_reports_do_not_count(
 ) -> None:
     dispatch(state, "r", P0, D1, 30)
     state.workers[D1].state = lost
-    state.note_report(report(D1, {"x": 5}, finished=["r"]))
+    assert not state.note_report(report(D1, {"x": 5}, finished=["r"]))
     assert state.workers[D1].report is None and "r" in state.owners
     assert [w.worker_id for w in state.loads(DECODE)] == [D2]
 
@@ -419,7 +419,7 @@ def test_a_lost_worker_takes_nothing_and_its_reports_do_not_count(
 def test_a_report_of_an_earlier_incarnation_does_not_count(state: ClusterState) -> None:
     state.workers[D1].incarnation = 1
     assert state.workers[D1].state == READY
-    state.note_report(report(D1, {"x": 5}))
+    assert not state.note_report(report(D1, {"x": 5}))
     assert state.workers[D1].report is None
 
 

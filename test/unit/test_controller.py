@@ -28,12 +28,14 @@ from sglang_ares.srt.managers.controller import AresController
 from sglang_ares.srt.managers.dispatcher import Dispatcher
 from sglang_ares.srt.managers.front_desk import FrontDesk
 from sglang_ares.srt.managers.io_struct import (
+    ControllerInbound,
     Decoder,
     MigrateQuery,
     PolicyQuery,
     QueryReply,
     StartMigration,
     WorkerInbound,
+    encode,
 )
 from sglang_ares.srt.managers.law_keeper import LawKeeper
 from sglang_ares.srt.managers.length_predictions import LengthPredictions
@@ -44,6 +46,7 @@ from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
 from unit.recovery_world import request
+from unit.test_cluster_state import report
 
 P0, D1, D2 = 0, 1, 2
 
@@ -338,6 +341,39 @@ def test_a_role_is_missing_when_all_of_it_is_given_up(controller: Controller) ->
     assert controller.missing_role() == (
         "no decode worker is left: worker 1 died (exit code -9); worker 2 died (exit code -9)"
     )
+
+
+# --- workers that go ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("left", "lost"), [(False, [D1]), (True, [])])
+def test_metrics_forget_a_worker_that_died_or_left(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch, left: bool, lost: list[int]
+) -> None:
+    told: dict[str, list[int]] = {"lost": [], "gone": []}
+    host: Any = controller
+    host.metrics = SimpleNamespace(
+        worker_lost=lambda worker, role: told["lost"].append(worker),
+        worker_gone=lambda worker, role: told["gone"].append(worker),
+    )
+    host.cluster = SimpleNamespace(workers=[SimpleNamespace(left=left)] * 3)
+    host.status, host._active_workers = [True] * 3, [P0, D1, D2]
+    host._mailbox.disconnect = controller.box.peers.discard
+    for line in controller.workers:
+        monkeypatch.setattr(line, "close", lambda: None, raising=False)
+    monkeypatch.setattr(controller, "_tell_front_who_serves", lambda: None)
+    controller.leave_out(D1)
+    assert told == {"lost": lost, "gone": [D1]} and controller.status == [True, False, True]
+
+
+def test_the_late_report_of_a_worker_that_is_gone_is_not_measured(controller: Controller) -> None:
+    host: Any = controller
+    host._from_workers, host.dropped = Decoder(ControllerInbound), None
+    measured: list[Any] = []
+    host.metrics = SimpleNamespace(reported=measured.append)
+    controller.lose(D1)
+    host._on_worker_message(encode(report(D1)))
+    assert not measured
 
 
 # --- policies -------------------------------------------------------------------------------

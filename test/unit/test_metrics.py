@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import prometheus_client
 import pytest
 
+from sglang_ares.srt.managers.io_struct import WorkerReport
 from sglang_ares.srt.managers.role_planner import RoleLoads
 from sglang_ares.srt.observability.metrics import (
     FRONT_SERIES,
@@ -53,6 +56,63 @@ def test_loads_as_ratios(registry: prometheus_client.CollectorRegistry) -> None:
     assert value("worker_load_ratio", worker="0", role="prefill") == 0.25
     assert value("worker_load_ratio", worker="2", role="decode") is None
     assert value("role_workers", role="decode") == 2
+
+
+def report(worker_id: int, kv_tokens: int) -> WorkerReport:
+    sums = SimpleNamespace(predictions=2, absolute=8.0, signed=4.0, under_median=1, under_high=2)
+    load = SimpleNamespace(
+        worker_id=worker_id,
+        role="decode",
+        kv_tokens=kv_tokens,
+        kv_capacity=10_000,
+        running=3,
+        queued=1,
+        step=SimpleNamespace(fixed_ms=5.0, per_request_ms=1.0, per_token_ms=0.1),
+    )
+    return SimpleNamespace(  # type: ignore[return-value]
+        worker_id=worker_id,
+        load=load,
+        retracted=0,
+        decode_step_ms=7.0,
+        dropped_frames=0,
+        predictions=SimpleNamespace(not_finite=0, errors={20: sums}),
+    )
+
+
+def test_nothing_is_shown_of_a_worker_that_is_gone(
+    registry: prometheus_client.CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = ControllerMetrics("m")
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def of_1(kind: str) -> dict[str, set[float]]:
+        found: dict[str, set[float]] = {}
+        for family in registry.collect():
+            for sample in family.samples if family.type == kind else ():
+                if sample.labels.get("worker") == "1":
+                    found.setdefault(sample.name.partition(":")[2], set()).add(sample.value)
+        return found
+
+    def imbalance() -> float | None:
+        return registry.get_sample_value("sglang_ares:imbalance_ratio", {"model_name": "m"})
+
+    for clock[0] in (0.0, 4.0):
+        for worker, tokens in ((1, 9000), (2, 1000), (3, 1000)):
+            metrics.reported(report(worker, tokens))
+    assert imbalance() == pytest.approx(27 / 11)
+    assert of_1("gauge")["worker_kv_tokens"] == {9000}
+    metrics.worker_gone(1, "decode")
+    shown = of_1("gauge")
+    learnt = ("decode_step_law_seconds", "prediction_bias_tokens", "prediction_calibration")
+    assert imbalance() == 1.0
+    for name in learnt:
+        assert all(map(math.isnan, shown.pop(name)))
+    assert shown and all(values == {0} for values in shown.values()), shown
+    clock[0] = 100.0
+    metrics.reported(report(1, 1000))
+    assert of_1("counter")["worker_role_seconds_total"] == {4}, "its absence is no time of service"
+    assert of_1("gauge")["prediction_bias_tokens"] == {2}
 
 
 def test_attainment(registry: prometheus_client.CollectorRegistry) -> None:

@@ -219,13 +219,13 @@ class ClusterState:
         for request in update.load.requests:
             view.dispatched.pop(request.rid, None)
 
-    def note_report(self, report: WorkerReport) -> None:
-        """A worker's load; what it finished is forgotten."""
+    def note_report(self, report: WorkerReport) -> bool:
+        """A worker's load; what it finished is forgotten. False if it no longer counts."""
         view = self.workers.get(report.worker_id)
         if view is None or view.state != READY:
-            return
+            return False
         if report.incarnation != view.incarnation:
-            return
+            return False
         view.report = report
         view.reported_at = time.monotonic()
         for request in report.load.requests:
@@ -241,6 +241,7 @@ class ClusterState:
                     self._remember_ended(owner)
             elif any(m.rid == name and m.target == view.worker_id for m in self.moving.values()):
                 self._left_target.add(name)
+        return True
 
     def note_first_estimates(self, message: FirstEstimates) -> None:
         """What prefill predicts for requests whose decode worker has not begun."""

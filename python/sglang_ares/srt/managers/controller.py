@@ -380,6 +380,7 @@ class AresController(DataParallelController):
         self._tell_front_who_serves()
         view = self.state.workers[worker_id]
         self.roles.on_worker_lost(worker_id, view.reason, time.monotonic())
+        self.metrics.worker_gone(worker_id, view.role)
         if not self.cluster.workers[worker_id].left:
             self.metrics.worker_lost(worker_id, view.role)
 
@@ -497,7 +498,8 @@ class AresController(DataParallelController):
         elif isinstance(message, Adopted):
             self.state.note_adopted(message)
         elif isinstance(message, WorkerReport):
-            self.state.note_report(message)
+            if not self.state.note_report(message):
+                return
             self.waiting.cluster_changed()
             self.predictions.on_report(message)
             self.metrics.reported(message)

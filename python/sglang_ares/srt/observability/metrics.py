@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from sglang_ares.srt.observability.slo import KINDS, WINDOWS_S
@@ -165,6 +166,8 @@ class ControllerMetrics:
         self._model_name = model_name
         self._series = _registered(SERIES)
         self._decode_tokens: dict[int, int] = {}
+        # What is shown of each worker that is not its load, but what it has learnt.
+        self._learnt: dict[int, set[Any]] = defaultdict(set)
         # When each worker reported last; nothing while it is down.
         self._reported_at: dict[int, float] = {}
         # A worker reports its retractions since its start.
@@ -225,16 +228,24 @@ class ControllerMetrics:
         self._of("decode_step_seconds", **where).set(report.decode_step_ms / 1e3)
         if load.step is not None:
             for term in ("fixed", "per_request", "per_token"):
-                law = self._of("decode_step_law_seconds", worker=load.worker_id, term=term)
-                law.set(getattr(load.step, f"{term}_ms") / 1e3)
+                seconds = getattr(load.step, f"{term}_ms") / 1e3
+                self._learn("decode_step_law_seconds", seconds, worker=load.worker_id, term=term)
         self.dropped(f"worker-{report.worker_id}", report.dropped_frames)
         if report.predictions is not None:
             self._predicted(load.worker_id, report.predictions)
         if load.role == "decode":
             self._decode_tokens[load.worker_id] = load.kv_tokens
-            mean = sum(self._decode_tokens.values()) / len(self._decode_tokens)
-            ratio = max(self._decode_tokens.values()) / mean if mean else 1.0
-            self._of("imbalance_ratio").set(ratio)
+            self._show_imbalance()
+
+    def _show_imbalance(self) -> None:
+        tokens = self._decode_tokens.values()
+        total = sum(tokens)
+        self._of("imbalance_ratio").set(max(tokens) * len(tokens) / total if total else 1.0)
+
+    def _learn(self, name: str, value: float, *, worker: int, **labels: str | int) -> None:
+        gauge = self._of(name, worker=worker, **labels)
+        gauge.set(value)
+        self._learnt[worker].add(gauge)
 
     def _predicted(self, worker: int, report: PredictionReport) -> None:
         self._count("predictions_not_finite_total", report.not_finite, worker=worker)
@@ -243,9 +254,9 @@ class ControllerMetrics:
             self._count("predictions_total", sums.predictions, **where)
             self._count("prediction_absolute_error_tokens_total", sums.absolute, **where)
             n = max(sums.predictions, 1)
-            self._of("prediction_bias_tokens", **where).set(sums.signed / n)
+            self._learn("prediction_bias_tokens", sums.signed / n, **where)
             for level, under in (("0.5", sums.under_median), ("0.9", sums.under_high)):
-                self._of("prediction_calibration", quantile=level, **where).set(under / n)
+                self._learn("prediction_calibration", under / n, quantile=level, **where)
 
     def _count(self, name: str, total: float, *, worker: int, **labels: int) -> None:
         """Bring a counter to a worker's ``total``; less than before: it was started anew."""
@@ -261,8 +272,28 @@ class ControllerMetrics:
 
     def worker_lost(self, worker: int, role: str) -> None:
         """A worker was declared dead."""
-        self._reported_at.pop(worker, None)
         self._of("worker_losses_total", worker=worker, role=role).inc()
+
+    def worker_gone(self, worker: int, role: str) -> None:
+        """A worker serves no longer: it died, or its host has left."""
+        self._reported_at.pop(worker, None)
+        self._forget_load(worker, role)
+        for gauge in self._learnt.pop(worker, ()):
+            gauge.set(math.nan)
+
+    def _forget_load(self, worker: int, role: str) -> None:
+        """What it was is history; a gauge would show its last value for ever."""
+        for name in (
+            "worker_kv_tokens",
+            "worker_kv_capacity_tokens",
+            "worker_running_requests",
+            "worker_queued_requests",
+            "worker_load_ratio",
+            "decode_step_seconds",
+        ):
+            self._of(name, worker=worker, role=role).set(0)
+        if self._decode_tokens.pop(worker, None) is not None:
+            self._show_imbalance()
 
     def role_change_ended(self, ended: EndedChange) -> None:
         """A worker has changed its role, or has not."""
@@ -272,13 +303,7 @@ class ControllerMetrics:
         if ended.reason:
             return
         self._of("role_change_seconds", role=ended.role).observe(ended.seconds)
-        # What it was is history; a gauge would show its last value for ever.
-        was: dict[str, str | int] = {"worker": ended.worker, "role": ended.old_role}
-        for name in ("worker_kv_tokens", "worker_kv_capacity_tokens", "worker_running_requests",
-                     "worker_queued_requests", "decode_step_seconds"):  # fmt: skip
-            self._of(name, **was).set(0)
-        self._of("worker_load_ratio", **was).set(0)
-        self._decode_tokens.pop(ended.worker, None)
+        self._forget_load(ended.worker, ended.old_role)
 
     def role_loads(self, loads: RoleLoads) -> None:
         """The planner has looked at the workers."""
@@ -323,6 +348,8 @@ class _NoMetrics(ControllerMetrics):
     def predicted(self, of_new: Remaining | None) -> None: ...
 
     def worker_lost(self, worker: int, role: str) -> None: ...
+
+    def worker_gone(self, worker: int, role: str) -> None: ...
 
     def role_change_ended(self, ended: EndedChange) -> None: ...
 
