@@ -91,16 +91,19 @@ def prepare_host(server_args: ServerArgs) -> None:
 
 
 def _check_head(ares_args: AresArgs, model_path: str) -> None:
-    """Whether there is a head as asked for, and for this model; an emulated forward has no hidden
-    states to predict from."""
-    if ares_args.emulate:
-        if ares_args.predictor not in (AUTO, OFF):
-            raise AresArgsError(
-                "--ares-predictor needs the hidden states of a model, and --ares-emulate runs "
-                "none. Drop one of them."
-            )
-        return
-    folder = chosen_head(ares_args.predictor, model_path)
+    """An emulated forward has no hidden states to predict from."""
+    if not ares_args.emulate:
+        check_head(ares_args.predictor, model_path)
+    elif ares_args.predictor not in (AUTO, OFF):
+        raise AresArgsError(
+            "--ares-predictor needs the hidden states of a model, and --ares-emulate runs none. "
+            "Drop one of them."
+        )
+
+
+def check_head(predictor: str, model_path: str) -> None:
+    """Whether there is a head as asked for, and for this model; :class:`AresArgsError` if not."""
+    folder = chosen_head(predictor, model_path)
     try:
         if folder is not None:
             check_model(load_head(folder)[1], model_path, folder)

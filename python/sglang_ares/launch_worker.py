@@ -77,6 +77,14 @@ def add_own_args(parser: argparse.ArgumentParser) -> None:
         help="A copy of the server's directory of keys (`python -m sglang_ares.keys`); needed off "
         "loopback.",
     )
+    group.add_argument(
+        "--ares-predictor",
+        default="auto",
+        metavar="DIR",
+        help="Folder on this host with the head that predicts remaining output lengths, the same "
+        "as the server's. auto: the one that comes with the demo model, for other models none. "
+        "off: none. Nothing is predicted if the server has off. Default: auto.",
+    )
 
 
 def host_config(options: argparse.Namespace) -> HostConfig:
@@ -120,6 +128,7 @@ def host_config(options: argparse.Namespace) -> HostConfig:
         port=options.worker_port,
         join_timeout_s=options.join_timeout,
         keys=keys,
+        predictor=options.ares_predictor,
     )
 
 
@@ -168,12 +177,13 @@ def launch_worker(argv: list[str]) -> None:
     server_args, options = parse_upstream_args(build_parser(), argv)
     from sglang.srt.plugins import load_plugins
 
-    from sglang_ares.engine import prepare_host
+    from sglang_ares.engine import check_head, prepare_host
     from sglang_ares.srt.managers.worker_host import WorkerHost
 
     load_plugins()
     config = host_config(options)
     prepare_host(server_args)
+    check_head(config.predictor, server_args.model_path)
     # Upstream's workers send their parent SIGQUIT when they fail; this one outlives them.
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     if options.worker_host:

@@ -4,12 +4,16 @@ back as whom. The supervisor is the real one; time is ours."""
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from sglang_ares.ares_args import AresArgs
-from sglang_ares.srt.managers.cluster import migration_limits
+from sglang_ares.engine import default_server_args
+from sglang_ares.srt.managers.cluster import admission_of, migration_limits
 from sglang_ares.srt.managers.cluster_state import ClusterState
 from sglang_ares.srt.managers.cluster_views import (
     FAILED_FOR_GOOD,
@@ -39,6 +43,8 @@ from sglang_ares.srt.managers.remote_workers import (
     view_of,
 )
 from sglang_ares.srt.managers.supervisor import Supervisor
+from sglang_ares.srt.managers.worker_host import HostConfig, WorkerHost
+from sglang_ares.srt.predictor.start import SHIPPED_HEAD
 
 TIMEOUT = 5.0
 EXPIRY = LeaseTimes.of(TIMEOUT).expiry_s
@@ -52,6 +58,8 @@ ADMISSION = Admission(
     start_timeout_s=60.0,
     limits=migration_limits(AresArgs()),
     decode_radix_cache=True,
+    predictor="auto",
+    predictor_correction=True,
     fault_injection=False,
     cluster_size=1,
 )
@@ -391,3 +399,48 @@ def test_requests_that_ended_on_a_lost_host_are_asked_about() -> None:
     assert set(state.owners) == {"c"}
     state.take_back_ended(2)
     assert set(state.owners) == {"a", "c"} and state.owners["c"].attempt == 1
+
+
+# --- on the host ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("servers", "hosts", "runs"),
+    [
+        ("auto", "auto", str(SHIPPED_HEAD)),
+        ("auto", "/heads/mine", "/heads/mine"),
+        ("auto", "off", ""),
+        ("/heads/servers", "/heads/mine", "/heads/mine"),
+        ("off", "auto", ""),
+        ("off", "/heads/mine", ""),
+    ],
+)
+@pytest.mark.parametrize("correction", [True, False])
+def test_a_joined_worker_predicts_as_the_server_wants_with_the_head_of_its_host(
+    servers: str, hosts: str, runs: str, correction: bool
+) -> None:
+    args = AresArgs(predictor=servers, predictor_correction=correction)
+    endpoint = SimpleNamespace(connect="tcp://10.0.0.5:31001")
+    control: Any = SimpleNamespace(controller=endpoint, outputs=endpoint)
+    admission = admission_of(args, control)
+    assert admission is not None
+    told = msgspec.convert(msgspec.to_builtins(admission), Admission)
+    config = HostConfig("tcp://127.0.0.1:31000", "decode", "127.0.0.1", 0, 60.0, None, hosts)
+    host = WorkerHost(ServerArgs(**default_server_args()), config)
+    try:
+        spec = host._worker(told).spec
+    finally:
+        host.close()
+    assert (spec.predictor, spec.correct_drift) == (runs, correction)
+
+
+def test_a_host_without_the_servers_head_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = HostConfig("tcp://127.0.0.1:31000", "decode", "127.0.0.1", 0, 60.0, None)
+    host = WorkerHost(ServerArgs(**default_server_args()), config)
+    try:
+        host._worker(ADMISSION)
+        assert not caplog.records
+        host._worker(msgspec.structs.replace(ADMISSION, predictor="/heads/servers"))
+    finally:
+        host.close()
+    assert "/heads/servers" in caplog.text and "--ares-predictor" in caplog.text

@@ -324,6 +324,8 @@ def admission_of(ares_args: AresArgs, control: ControlPlane) -> Admission | None
         start_timeout_s=ares_args.worker_start_timeout,
         limits=migration_limits(ares_args),
         decode_radix_cache=ares_args.decode_radix_cache == "on",
+        predictor=ares_args.predictor,
+        predictor_correction=ares_args.predictor_correction,
         fault_injection=ares_args.fault_injection,
         cluster_size=ares_args.total_workers,
     )

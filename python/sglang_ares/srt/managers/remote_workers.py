@@ -53,7 +53,8 @@ class WorkerStartError(RuntimeError):
 
 class Admission(msgspec.Struct, frozen=True, kw_only=True):
     """What a host is told when its worker may join: who it is, whom it talks to, and the cluster's
-    configuration as far as workers need it. Durations in seconds."""
+    configuration as far as workers need it. Durations in seconds. ``predictor``: the server's flag;
+    a folder is one of the server's host."""
 
     worker_id: int
     incarnation: int
@@ -64,6 +65,8 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout_s: float
     limits: MigrationLimits
     decode_radix_cache: bool
+    predictor: str
+    predictor_correction: bool
     fault_injection: bool
     cluster_size: int
 

@@ -14,6 +14,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -45,7 +46,7 @@ from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.managers.remote_workers import Admission, WorkerStartError
 from sglang_ares.srt.managers.worker_process import nothing
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
-from sglang_ares.srt.predictor.start import AUTO, chosen_head
+from sglang_ares.srt.predictor.start import AUTO, OFF, chosen_head
 from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
 from sglang_ares.srt.security.control_plane import free_ports, private_port_args, tcp_endpoint
 from sglang_ares.srt.security.sockets import connected_socket
@@ -81,7 +82,8 @@ class End(Enum):
 class HostConfig:
     """``controller``: where the cluster's queries arrive (ZMQ notation). ``address``: of this
     host, as others reach it. ``port``: first of the ports used here, 0 for free ones.
-    ``join_timeout_s``: how long the controller may be out of reach."""
+    ``join_timeout_s``: how long the controller may be out of reach. ``predictor``: the head, as
+    ``--ares-predictor`` names it on this host."""
 
     controller: str
     role: str
@@ -89,6 +91,7 @@ class HostConfig:
     port: int
     join_timeout_s: float
     keys: CurveKeys | None
+    predictor: str = AUTO
 
 
 class WorkerHost:
@@ -343,12 +346,24 @@ class WorkerHost:
             cluster_size=admission.cluster_size,
             loads_instance_id=port_args.instance_id,
             fault_injection=admission.fault_injection,
-            predictor=str(chosen_head(AUTO, args.model_path) or ""),
+            predictor=str(self._head(admission) or ""),
             record_states="",
-            correct_drift=True,
+            correct_drift=admission.predictor_correction,
             lease=self._lease,
         )
         return WorkerProcess(spec, port_args)
+
+    def _head(self, admission: Admission) -> Path | None:
+        """The head to run here; none if the server has turned predictions off."""
+        if admission.predictor == OFF:
+            return None
+        if admission.predictor != AUTO and self._config.predictor == AUTO:
+            logger.warning(
+                "the server predicts output lengths with the head in %s; name the copy of it on "
+                "this host with --ares-predictor, or this worker predicts other lengths, or none",
+                admission.predictor,
+            )
+        return chosen_head(self._config.predictor, self._server_args.model_path)
 
     def _ports_for(self, incarnation: int) -> list[int]:
         """A worker that is started anew has new addresses, unless the operator fixed them: what
