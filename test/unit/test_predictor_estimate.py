@@ -202,6 +202,49 @@ def test_recorded_rows_come_back(tmp_path: Any) -> None:
     assert list(reader.new_rows()) == []
 
 
+def test_what_earlier_servers_recorded_stays(tmp_path: Any) -> None:
+    """Workers have the same ids and incarnations at every start."""
+    for rid in ("first", "second"):
+        recorder = StateRecorder.in_folder(tmp_path, worker_id=1, incarnation=0)
+        step(PredictionTracker(LAW, recorder), [request(rid)], [ROW], states=[[1.0, 2.0]])
+    keys = {bytes(k) for rows in RecordingReader(tmp_path).new_rows() for k in rows["key"]}
+    assert keys == {request_key("first"), request_key("second")}
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "taken.rows", "file/w.rows"])
+def test_where_recording_fails_requests_are_served_all_the_same(
+    where: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "taken.rows").write_bytes(b"another's")
+    (tmp_path / "file").touch()
+    tracker, req = PredictionTracker(LAW, StateRecorder(tmp_path / where)), request()
+    for _ in range(41):
+        step(tracker, [req], [ROW], states=[[1.0, 2.0]])
+    assert len(caplog.records) == 1 and where in caplog.text
+    assert tracker.remaining(req) is not None
+    assert (tmp_path / "taken.rows").read_bytes() == b"another's"
+
+
+def test_nothing_is_recorded_behind_a_row_that_was_cut_short(tmp_path: Any) -> None:
+    recorder = StateRecorder(tmp_path / "w.rows")
+    tracker, req = PredictionTracker(LAW, recorder), request()
+    step(tracker, [req], [ROW], states=[[1.0, 2.0]])
+    file = recorder._file
+
+    class NearlyFull:
+        close = staticmethod(file.close)
+
+        def write(self, data: bytes) -> int:
+            return int(file.write(data[:5]))
+
+    recorder._file = NearlyFull()
+    for _ in range(20):
+        step(tracker, [req], [ROW], states=[[1.0, 2.0]])
+    assert file.closed
+    (rows,) = RecordingReader(tmp_path).new_rows()
+    assert rows["generated"].tolist() == [0]
+
+
 # --- moves ----------------------------------------------------------------------------------
 
 

@@ -1,13 +1,18 @@
 """Files of hidden states, written by workers that run with ``--ares-predictor-record DIR``.
 
-A worker appends one row per request at the prompt's end and at every ``INTERVAL``-th output token.
-A file is a header (``_HEADER``) and rows of :func:`row_dtype`; ``collect`` joins the rows of a
-request, which a prefill and one or several decode workers wrote.
+A worker appends one row per request at the prompt's end and at every ``INTERVAL``-th output token,
+to a file that is new at every start. A file is a header (``_HEADER``) and rows of
+:func:`row_dtype`; ``collect`` joins the rows of a request, which a prefill and one or several
+decode workers wrote.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import struct
+import time
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -17,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sglang_ares.srt.policy.types import LEVELS
+
+logger = logging.getLogger(__name__)
 
 # Output tokens between two labels (the paper's), two rows of a recording, two smoothing steps.
 INTERVAL: Final = 20
@@ -50,12 +57,19 @@ def request_key(rid: str) -> bytes:
 
 
 class StateRecorder:
-    """Appends rows to ``path``."""
+    """Appends rows to ``path``, a file that is not there yet. Where that fails nothing more is
+    recorded; requests are served all the same."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: Any = None
+        self._failed = False
         self._dtype: np.dtype[np.void] = row_dtype(0)
+
+    @classmethod
+    def in_folder(cls, folder: Path, worker_id: int, incarnation: int) -> StateRecorder:
+        """For one start of a worker; what earlier servers recorded in ``folder`` stays."""
+        return cls(folder / f"worker-{worker_id}-{incarnation}-{time.time_ns()}.rows")
 
     def write(
         self,
@@ -66,18 +80,32 @@ class StateRecorder:
         estimates: NDArray[Any],
     ) -> None:
         """One row per request; shapes ``(N, d)``, ``(N, len(LEVELS))`` twice."""
+        if self._failed:
+            return
         if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._dtype = row_dtype(states.shape[1])
-            self._file = self._path.open("wb", buffering=0)
-            self._file.write(_HEADER.pack(_MAGIC, _VERSION, states.shape[1]))
         rows = np.zeros(len(rids), self._dtype)
         rows["key"] = [np.void(request_key(rid)) for rid in rids]
         rows["generated"] = generated
         rows["predicted"] = predicted
         rows["estimate"] = estimates
         rows["state"] = states
-        self._file.write(rows.tobytes())
+        try:
+            self._append(rows.tobytes(), states.shape[1])
+        except OSError as error:
+            self._failed = True
+            logger.warning("hidden states are recorded no longer: %s: %s", self._path, error)
+            if self._file is not None:
+                self._file.close()
+
+    def _append(self, rows: bytes, hidden_size: int) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("xb", buffering=0)
+            rows = _HEADER.pack(_MAGIC, _VERSION, hidden_size) + rows
+        # A disk that fills up takes a part first; a row behind that could not be read.
+        if self._file.write(rows) < len(rows):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class RecordingReader:

@@ -45,8 +45,8 @@ def predict_lengths(spec: WorkerSpec, tp_rank: int) -> PredictionTracker | None:
         law = HeadLaw(head, card.smoothing, OnlineCorrection() if spec.correct_drift else None)
     recorder = None
     if spec.record_states and tp_rank == 0:
-        name = f"worker-{spec.worker_id}-{spec.incarnation}.rows"
-        recorder = StateRecorder(Path(spec.record_states) / name)
+        folder = Path(spec.record_states)
+        recorder = StateRecorder.in_folder(folder, spec.worker_id, spec.incarnation)
     tracker = PredictionTracker(law, recorder)
     hook_forward(ForwardProbe(head, tracker))
     return tracker
