@@ -18,10 +18,12 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang_ares.srt.disaggregation.migration import MigrationLimits
 from sglang_ares.srt.disaggregation.refusals import ROLE_CHANGE, first_refusal
 from sglang_ares.srt.emulation.settings import profile_of
+from sglang_ares.srt.managers.cluster_views import FAILED_FOR_GOOD
 from sglang_ares.srt.managers.fork_server import in_environment, process_context
 from sglang_ares.srt.managers.io_struct import Peer
 from sglang_ares.srt.managers.lease import LeaseTimes
 from sglang_ares.srt.managers.remote_workers import Admission, RemoteWorker, WorkerStartError
+from sglang_ares.srt.managers.run_time_changes import RunTimeChanges
 from sglang_ares.srt.managers.worker_process import run_worker_process
 from sglang_ares.srt.managers.worker_spec import WorkerSpec
 from sglang_ares.srt.policy.types import DECODE, PREFILL
@@ -52,14 +54,22 @@ class WorkerProcess:
     readers: list[Connection] = field(default_factory=list)
     deadline: float = 0.0
     start_timeout_s: float = 0.0
-    # It is started anew whatever happens; a worker of another host may leave.
+    # What has changed in the others, and how much of it this one was told at its start.
+    changes: RunTimeChanges = field(default_factory=RunTimeChanges)
+    knows: int = 0
+    # A worker of another host may leave.
     left: ClassVar[bool] = False
-    ending: ClassVar[None] = None
 
     @property
     def name(self) -> str:
         """For messages."""
         return f"{self.spec.role} worker {self.spec.worker_id}"
+
+    @property
+    def ending(self) -> tuple[str, str] | None:
+        """If it cannot be started anew: its state from now on, and why."""
+        why = self.changes.why_not_anew
+        return (FAILED_FOR_GOOD, why) if why is not None else None
 
     @property
     def alive(self) -> bool:
@@ -145,6 +155,10 @@ class WorkerProcess:
                 f"{self.name} did not load its model within {self.start_timeout_s:.0f} s; raise "
                 "--ares-worker-start-timeout."
             )
+        if not self.readers and self.knows != self.changes.count:
+            raise WorkerStartError(
+                f"weights or LoRA adapters of the others have changed while {self.name} started"
+            )
         return not self.readers
 
     def _died_while_starting(self) -> WorkerStartError:
@@ -180,6 +194,7 @@ class WorkerCluster:
         self._ares_args = ares_args
         self._control = control
         self._profile = profile_of(ares_args)
+        self.changes = RunTimeChanges()
         roles = [PREFILL] * ares_args.prefill_workers + [DECODE] * ares_args.decode_workers
         ports = free_ports(2 * len(roles), taken=control.ports)
         self.workers: list[WorkerProcess | RemoteWorker] = [
@@ -224,9 +239,10 @@ class WorkerCluster:
             else str(chosen_head(ares_args.predictor, worker_args.model_path) or ""),
             record_states=ares_args.predictor_record,
             correct_drift=ares_args.predictor_correction,
+            adapters=tuple(self.changes.adapters),
         )
         own = _worker_port_args(worker_args, self._port_args, control.runtime_dir)
-        return WorkerProcess(spec, own)
+        return WorkerProcess(spec, own, changes=self.changes, knows=self.changes.count)
 
     @property
     def why_roles_are_fixed(self) -> str | None:

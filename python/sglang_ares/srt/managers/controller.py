@@ -285,6 +285,7 @@ class AresController(DataParallelController):
             admission_of(self.ares_args, self.control),
             self.max_req_input_len,
             self._enlist,
+            changes=self.cluster.changes,
         )
         self._seeds = SampleSeeds()
         self._leaving = False
@@ -349,6 +350,7 @@ class AresController(DataParallelController):
 
     def send_control_message(self, obj: Any) -> None:
         """To all workers that serve."""
+        self.cluster.changes.note(obj)
         for worker_id in self._active_workers:
             self.workers[worker_id].put(obj)
 

@@ -37,6 +37,7 @@ from sglang_ares.srt.managers.io_struct import (
     encode,
 )
 from sglang_ares.srt.managers.lease import LeaseTimes, lease_clock
+from sglang_ares.srt.managers.run_time_changes import RunTimeChanges
 
 if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster_state import ClusterState
@@ -239,7 +240,7 @@ class RemoteWorkers:
     """Hosts that join, and what they report. ``workers``: the cluster's, of this host too;
     ``admission``: what every host is told, with id and incarnation to be filled in (None: nobody
     can join); ``least_input_tokens``: what the front lets through; ``enlist`` adds a worker that
-    the cluster did not have yet, not ready."""
+    the cluster did not have yet, not ready; ``changes``: what a worker that joins would lack."""
 
     def __init__(
         self,
@@ -252,7 +253,9 @@ class RemoteWorkers:
         least_input_tokens: int,
         enlist: Callable[[RemoteWorker], None],
         clock: Callable[[], float] = lease_clock,
+        changes: RunTimeChanges | None = None,
     ) -> None:
+        self._changes = changes or RunTimeChanges()
         self._mailbox = mailbox
         self._supervisor = supervisor
         self._enlist = enlist
@@ -279,6 +282,9 @@ class RemoteWorkers:
         if differs is not None:
             logger.warning("a worker on %s was refused: %s", query.host, differs)
             return 409, _because(f"the worker must have the cluster's settings: {differs}")
+        if self._changes.why_not_join is not None:
+            logger.warning("%s was refused: %s", query.host, self._changes.why_not_join)
+            return 409, _because(self._changes.why_not_join)
         worker = self._known(query) or self._vacant(query)
         if worker is None:
             worker = self._add(query)
@@ -380,6 +386,8 @@ class RemoteWorkers:
                 f"{self._least_input_tokens}: give it more KV memory (--max-total-tokens, "
                 "--mem-fraction-static)",
             )
+        elif self._changes.why_not_join is not None:
+            self._release(worker, self._changes.why_not_join)
         else:
             worker.start(message)
 

@@ -44,6 +44,7 @@ from sglang_ares.srt.managers.output_streamer import (
 )
 from sglang_ares.srt.managers.remote_requests import RemoteRequests
 from sglang_ares.srt.managers.role_switch import RoleSwitch
+from sglang_ares.srt.managers.run_time_changes import repeat
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 from sglang_ares.srt.policy.types import DECODE
 from sglang_ares.srt.predictor.runtime import hand_over_on_cpu
@@ -101,6 +102,7 @@ class AresScheduler(Scheduler):
         # Prefill batches under way: when each was launched, and what of its prompts it computes.
         self._prefills: deque[tuple[float, list[tuple[int, int]]]] = deque(maxlen=4)
         super().__init__(server_args, port_args)
+        repeat(self.spec.adapters, self._request_dispatcher)
         self._pools_at_start = pool_counters(self, idle=True)
         lifelines = self._remote.lifelines if self._remote is not None else []
         start_heartbeat(self.spec, get_parallel().tp_rank, lifelines)

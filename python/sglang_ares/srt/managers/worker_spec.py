@@ -51,5 +51,7 @@ class WorkerSpec:
     emulate_predictions: str = "none"
     # Whether anybody may wait for its memory in the controller.
     tells_of_room: bool = False
+    # Upstream's requests by which LoRA adapters were loaded and unloaded before this start.
+    adapters: tuple[Any, ...] = ()
     outputs_endpoint: str | None = None
     lease: Any = None
