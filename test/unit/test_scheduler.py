@@ -55,7 +55,7 @@ def test_a_request_without_a_priority_has_the_least_wherever_it_is_queued(
     scheduler = scheduler_with(
         enable_priority_scheduling=True,
         schedule_low_priority_values_first=low_first,
-        _intake=SimpleNamespace(now=0.0),
+        intake=SimpleNamespace(now=0.0),
         migrations=SimpleNamespace(take_built=lambda req, now: moves),
         resumed=SimpleNamespace(take_built=lambda req: True),
     )
@@ -74,7 +74,7 @@ def test_without_priority_scheduling_a_priority_is_no_reason_to_refuse_a_moved_r
     scheduler = scheduler_with(
         enable_priority_scheduling=False,
         abort_on_priority_when_disabled=True,
-        _intake=SimpleNamespace(now=0.0),
+        intake=SimpleNamespace(now=0.0),
         migrations=SimpleNamespace(take_built=lambda req, now: True),
     )
     req = new_req(priority=5)
