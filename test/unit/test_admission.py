@@ -25,7 +25,8 @@ from sglang_ares.srt.managers.cluster_views import Ownership, WorkerView
 from sglang_ares.srt.managers.dispatcher import Dispatcher, Sent
 from sglang_ares.srt.managers.io_struct import LoadUpdate, WorkerReport
 from sglang_ares.srt.managers.length_predictions import LengthPredictions
-from sglang_ares.srt.policy.admission import next_in_turn, room
+from sglang_ares.srt.managers.mover import Mover
+from sglang_ares.srt.policy.admission import kept_for_oldest, next_in_turn, room
 from sglang_ares.srt.policy.snapshot import WorkerTable
 from sglang_ares.srt.policy.types import DECODE, PREFILL, RequestLoad, StepTime, WorkerLoad
 
@@ -128,6 +129,44 @@ def test_in_the_turn_of_the_oldest_the_roomiest_worker_is_kept_for_it() -> None:
     assert next_one(30, 60, 50, oldest_s=8.5) == (0, [1, 2], True)
 
 
+def test_the_worker_that_is_kept_stays_the_same_until_the_oldest_is_in() -> None:
+    """However much room there is elsewhere, as long as it is not enough."""
+    arrived, tokens = [0.0, 9.0, 9.5], [50, 35, 20]
+
+    def kept(*free: int, kept: int | None, admitted: int = 7, now: float = 10.0) -> int | None:
+        return kept_for_oldest(arrived, tokens, np.array(free), now, SLO_S, admitted, kept)
+
+    assert kept(30, 40, kept=None) == 1
+    assert kept(45, 40, kept=1) == 1
+    assert kept(50, 40, kept=1) is None
+    assert kept(45, 40, kept=1, admitted=8) is None
+    assert kept(45, 40, kept=1, now=1.0) is None
+    found = next_in_turn(arrived, tokens, np.array([45, 48]), 10.0, SLO_S, 7, kept=0)
+    assert found is not None and (found.request, found.rows.tolist()) == (1, [1])
+    assert kept_for_oldest([], [], np.array([5]), 10.0, SLO_S, 7, 0) is None
+
+
+@given(
+    ages=st.lists(st.floats(0, 9), max_size=6),
+    sizes=st.lists(st.integers(1, 100), min_size=6, max_size=6),
+    free=st.lists(st.integers(-50, 100), min_size=2, max_size=4),
+    admitted=st.integers(0, 16),
+    before=st.sampled_from([None, 0, 1]),
+)
+def test_nobody_is_let_into_the_worker_that_is_kept(
+    ages: list[float], sizes: list[int], free: list[int], admitted: int, before: int | None
+) -> None:
+    tokens = sizes[: len(ages)]
+    waiting = sorted(9.0 - age for age in ages), tokens, np.array(free), 9.0, SLO_S, admitted
+    kept = kept_for_oldest(*waiting, before)
+    found = next_in_turn(*waiting, kept)
+    if kept is not None:
+        assert before in (None, kept)
+        assert found is None or (found.request and kept not in found.rows)
+    elif admitted % 8 == 7:
+        assert found is None or found.request == 0
+
+
 @given(
     ages=st.lists(st.floats(0, 9), max_size=6),
     sizes=st.lists(st.integers(1, 100), min_size=6, max_size=6),
@@ -179,6 +218,7 @@ class Queue(AdmissionQueue):
     """The real one; workers with ``rooms`` for more tokens, the roomiest of which is chosen."""
 
     def __init__(self, *rooms: int) -> None:
+        self.ids = np.arange(len(rooms))
         self.free_tokens = np.array(rooms)
         self.no_worker = False
         # Requests that have to stay on the server's host, and what becomes of them.
@@ -190,7 +230,7 @@ class Queue(AdmissionQueue):
         super().__init__(
             self.state,
             SLO_S,
-            lambda: None if self.no_worker else (np.arange(len(rooms)), self.free_tokens),
+            lambda: None if self.no_worker else (self.ids, self.free_tokens),
             self.try_to_send,
             lambda: self.missing,
             self.answer,
@@ -264,6 +304,46 @@ def test_while_one_worker_is_kept_for_a_large_one_the_others_go_on() -> None:
     assert len(queue.sent) == 20 and queue.free_tokens[1] == 20 - 7
     queue.free(50, 30.0, worker=1)
     assert queue.sent[20:] == ["large"]
+
+
+def with_a_large_one_that_waits() -> tuple[Queue, Ownership]:
+    """Late, in its turn, and worker 1 is kept for it."""
+    queue = Queue(10, 20)
+    large = queue.come("large", 0.0, tokens=50)
+    assert queue.state.kept is None
+    for i in range(8):
+        queue.come(f"small {i}", 5.0)
+    assert queue.state.kept == 1
+    return queue, large
+
+
+def test_the_worker_that_is_kept_is_known_until_the_large_one_is_in() -> None:
+    queue, _ = with_a_large_one_that_waits()
+    queue.free(40, 6.0, worker=0)
+    assert queue.state.kept == 1
+    queue.come("small", 6.1, tokens=30)
+    assert queue.sent[-1] == "small" and queue.state.kept == 1
+    queue.free(50, 7.0, worker=1)
+    assert queue.sent[-1] == "large" and queue.state.kept is None
+
+
+def test_no_worker_is_kept_for_one_that_has_left() -> None:
+    queue, large = with_a_large_one_that_waits()
+    queue.remove(large)
+    queue.let_in(6.0)
+    assert queue.state.kept is None
+    queue, _ = with_a_large_one_that_waits()
+    queue.use("worker")
+    queue.let_in(6.0)
+    assert queue.sent[-1] == "large" and queue.state.kept is None
+
+
+def test_another_worker_is_kept_when_the_one_that_was_is_lost() -> None:
+    queue, _ = with_a_large_one_that_waits()
+    queue.ids, queue.free_tokens = np.array([0, 2]), np.array([5, 15])
+    queue.cluster_changed()
+    queue.let_in(6.0)
+    assert queue.state.kept == 2
 
 
 def test_one_that_is_tied_to_a_host_holds_up_nobody() -> None:
@@ -357,6 +437,37 @@ def test_where_memory_is_short_more_are_in_time() -> None:
     bound, held = run(20_000, 8.0), run(20_000, 8.0, admission="slo")
     assert bound.attainment() < 0.9
     assert held.attainment() > bound.attainment() + 0.05
+
+
+def wait_of_a_large_one(rescheduling: str) -> float:
+    """Seconds to the first token of a prompt that needs most of a worker, among small ones that
+    fill both workers before and after it."""
+    rng = np.random.default_rng(1)
+    small = 500
+    arrival_s = np.cumsum(rng.exponential(1 / 2.5, small))
+    prompt, output = rng.integers(1000, 3000, small), rng.integers(500, 1500, small)
+    large = int(np.searchsorted(arrival_s, 50.0))
+    config = SimulationConfig(
+        prefill_workers=8,
+        decode_workers=2,
+        placement="least_tokens",
+        admission="slo",
+        rescheduling=rescheduling,
+        ttft_slo_ms=5000.0,
+    )
+    requests = RequestStream(
+        name="one large",
+        origin="drawn",
+        arrival_s=np.insert(arrival_s, large, 50.0),
+        prompt_tokens=np.insert(prompt, large, 0.8 * PROFILE.kv_capacity_tokens),
+        output_tokens=np.insert(output, large, 200),
+    )
+    return float(Simulation(config, requests).run().ttft_s[large])
+
+
+@pytest.mark.parametrize("rescheduling", ["reactive", "star", "ares"])
+def test_no_moves_fill_the_worker_that_is_kept_for_a_large_one(rescheduling: str) -> None:
+    assert wait_of_a_large_one(rescheduling) < 1.25 * wait_of_a_large_one("none")
 
 
 @pytest.mark.parametrize(
@@ -455,3 +566,21 @@ def test_a_request_goes_to_one_of_the_workers_that_are_named() -> None:
     state.workers[0].draining = True
     assert rooms() is None
     assert dispatcher.choose(1, among={1, 2}) is Sent.NO_WORKER
+
+
+def test_nothing_is_moved_to_the_worker_that_is_kept() -> None:
+    """Off it, requests may still be moved."""
+    state = two_decode_workers()
+    args = AresArgs(move_cooldown=0.0, rescheduling="reactive", min_gap_tokens=1)
+    mover = Mover(state, args, 0, lambda *_: None, LengthPredictions(use_prior=True), now=0.0)
+
+    def moves(kept: int | None) -> set[tuple[int, int]]:
+        state.kept = kept
+        state.moving.clear()
+        mover.run_round()
+        return {(move.source, move.target) for move in state.moving.values()}
+
+    state.note_load(LoadUpdate(worker_id=2, incarnation=0, load=load(2, 300, "c#00")))
+    assert moves(kept=None) == {(1, 2)}
+    assert moves(kept=2) == set()
+    assert moves(kept=1) == {(1, 2)}

@@ -350,6 +350,16 @@ def test_a_target_without_memory_is_left_alone_for_a_while() -> None:
     assert relief.plan(report_of(full), state)
 
 
+def test_a_worker_that_is_kept_for_a_waiting_request_is_no_target() -> None:
+    full = load_of(0, [490, 490])
+    state = cluster(full, load_of(1))
+    relief = relief_with(Clock())
+    state.kept = 1
+    assert relief.plan(report_of(full), state) == ()
+    state.kept = 0
+    assert relief.plan(report_of(full), state)
+
+
 def test_the_horizon_follows_the_measured_moves() -> None:
     relief = relief_with(Clock())
     guessed = relief.limits.horizon_s

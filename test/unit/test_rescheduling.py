@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_ares.srt.policy.registry import RESCHEDULING
 from sglang_ares.srt.policy.snapshot import RequestTable, Snapshot, WorkerTable
@@ -83,6 +85,15 @@ def test_limits_are_kept(name: str, workers: list[WorkerLoad], limits: Reschedul
 
 
 @pytest.mark.parametrize("name", ALL)
+@given(workers=clusters(), limits=LIMITS, closed=st.sets(st.sampled_from([3, 5, 7, 9])))
+def test_nothing_is_moved_to_a_closed_worker(
+    name: str, workers: list[WorkerLoad], limits: RescheduleLimits, closed: set[int]
+) -> None:
+    limits = msgspec.structs.replace(limits, closed=frozenset(closed))
+    assert not {m.target for m in planned(name, workers, limits)} & closed
+
+
+@pytest.mark.parametrize("name", ALL)
 @given(workers=clusters(), limits=LIMITS)
 def test_a_policy_is_a_function(
     name: str, workers: list[WorkerLoad], limits: RescheduleLimits
@@ -133,6 +144,14 @@ def test_a_gap_that_is_only_predicted_is_closed(name: str) -> None:
     moves = planned(name, LASTING, RescheduleLimits())
     assert moves
     assert all((m.source, m.target) == (0, 1) for m in moves)
+
+
+@pytest.mark.parametrize("name", ["reactive", *PREDICTIVE])
+def test_requests_leave_a_closed_worker_and_pass_by_another(name: str) -> None:
+    crowded = [request(f"r{i}", 20_000, exactly(20_000)) for i in range(8)]
+    workers = [worker(0, crowded), worker(1, []), worker(2, [])]
+    moves = planned(name, workers, RescheduleLimits(max_moves=4, closed=frozenset({0, 1})))
+    assert {(m.source, m.target) for m in moves} == {(0, 2)}
 
 
 @pytest.mark.parametrize("name", PREDICTIVE)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from sglang_ares.simulator.config import SimulationConfig
 from sglang_ares.simulator.events import ADMIT, EventQueue
 from sglang_ares.simulator.view import DecodeView
-from sglang_ares.srt.policy.admission import next_in_turn, room
+from sglang_ares.srt.policy.admission import kept_for_oldest, next_in_turn, room
 from sglang_ares.srt.policy.snapshot import WorkerTable
 from sglang_ares.srt.policy.types import NewRequest
 
@@ -39,6 +39,8 @@ class HeldRequests:
         self._arrived_s: list[float] = []
         self._tokens: list[int] = []
         self._admitted = 0
+        # The worker that is kept for the oldest, if one is.
+        self.kept: int | None = None
         self._due_s = math.inf
 
     def arrive(self, new: NewRequest) -> None:
@@ -71,9 +73,9 @@ class HeldRequests:
         while self._held:
             workers = self._view.workers(now)
             free = room(workers, self._reserved)
-            turn = next_in_turn(
-                self._arrived_s, self._tokens, free, now, self._slo_s, self._admitted
-            )
+            waiting = self._arrived_s, self._tokens, free, now, self._slo_s, self._admitted
+            self.kept = kept_for_oldest(*waiting, self.kept)
+            turn = next_in_turn(*waiting, self.kept)
             if turn is None:
                 self._expect(self._view.reported_s + self._interval_s)
                 return
@@ -84,3 +86,4 @@ class HeldRequests:
             # It had waited itself, or has passed one that waits.
             self._admitted += counts and (waited_s > 0 or at > 0)
             self._bind(new, workers if len(rows) == len(workers) else workers.take(rows))
+        self.kept = None

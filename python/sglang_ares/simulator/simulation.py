@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from heapq import heappop
 
+import msgspec
 import numpy as np
 
 from sglang_ares.bench.workloads.stream import RequestStream
@@ -182,7 +183,10 @@ class Simulation:
     def _round(self, now: float) -> None:
         """Let the policy plan, and begin what it planned."""
         self._rounds += 1
-        for move in self._plan(self._view.snapshot(now), self._limits):
+        limits = self._limits
+        if self._held is not None and self._held.kept is not None:
+            limits = msgspec.structs.replace(limits, closed=frozenset({self._held.kept}))
+        for move in self._plan(self._view.snapshot(now), limits):
             self._migrations.start(move)
 
     def _result(self, wall_s: float, cpu_s: float) -> Result:

@@ -7,7 +7,14 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from sglang_ares.srt.managers.dispatcher import Sent
-from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER, next_in_turn
+from sglang_ares.srt.policy.admission import (
+    ADMISSIONS,
+    SLO,
+    WORKER,
+    Turn,
+    kept_for_oldest,
+    next_in_turn,
+)
 
 if TYPE_CHECKING:
     from sglang_ares.srt.managers.cluster_state import ClusterState
@@ -97,13 +104,10 @@ class AdmissionQueue:
                 return
             at, among, counts = 0, None, True
             if self.admission == SLO:
-                workers, free = rooms
-                # One that found no room though there is some has to stay on this host.
-                turns = 0 if tokens[0] == _TRIED else self.admitted
-                turn = next_in_turn(arrived, tokens, free, now, self._slo_s, turns)
+                turn = self._next(arrived, tokens, rooms, now)
                 if turn is None:
                     return
-                at, counts, among = turn.request, turn.counts, set(workers[turn.rows].tolist())
+                at, counts, among = turn.request, turn.counts, set(rooms[0][turn.rows].tolist())
             owner = self._waiting[at]
             sent = self._send(owner, among)
             if sent is Sent.NOT_AMONG:
@@ -115,6 +119,20 @@ class AdmissionQueue:
                 # It had waited itself, or has passed one that waits.
                 self.admitted += 1
             del self._waiting[at], arrived[at], tokens[at]
+        self._state.kept = None
+
+    def _next(
+        self, arrived: list[float], tokens: list[int], rooms: tuple[Ints, Ints], now: float
+    ) -> Turn | None:
+        """Whose turn it is. The worker that is kept for the oldest, if one is, is noted: it is not
+        to be moved full meanwhile."""
+        ids, free = rooms[0].tolist(), rooms[1]
+        # One that found no room though there is some has to stay on this host.
+        turns = 0 if tokens[0] == _TRIED else self.admitted
+        kept = ids.index(self._state.kept) if self._state.kept in ids else None
+        kept = kept_for_oldest(arrived, tokens, free, now, self._slo_s, turns, kept)
+        self._state.kept = None if kept is None else ids[kept]
+        return next_in_turn(arrived, tokens, free, now, self._slo_s, turns, kept)
 
     def _turn_away(self, since: float) -> None:
         """No worker of a role takes requests. Those that came after ``since`` are told so; those

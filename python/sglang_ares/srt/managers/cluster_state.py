@@ -49,6 +49,8 @@ class ClusterState:
         self._ended_elsewhere: OrderedDict[str, tuple[float, Ownership]] = OrderedDict()
         # Moving requests that left their target: ended there, if they had landed at all.
         self._left_target: set[str] = set()
+        # The decode worker that is kept for a request that waits for room, if one is.
+        self.kept: int | None = None
         self.migrations = MigrationCounts()
         self.started_at = time.monotonic()
 
@@ -63,6 +65,12 @@ class ClusterState:
     def with_role(self, role: str) -> list[WorkerView]:
         """The workers of a role that may be given requests."""
         return [w for w in self.ready(role) if not w.draining and w.changing_to is None]
+
+    @property
+    def closed(self) -> frozenset[int]:
+        """Workers that nothing is moved to for balance or memory, though they serve: what is to
+        fit there must not be moved full."""
+        return frozenset() if self.kept is None else frozenset({self.kept})
 
     def outstanding(self, view: WorkerView) -> int:
         """Requests that a worker has still to do in its role, as far as can be known here: none

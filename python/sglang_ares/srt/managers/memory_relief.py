@@ -66,8 +66,8 @@ class MemoryRelief:
         if report.load.role != DECODE or not is_short(report.load, limits):
             return ()
         now = self._clock()
-        closed = {worker for worker, until in self._closed_until.items() if now < until}
-        moves = memory_relief(state.loads(DECODE), limits, closed)
+        full = {worker for worker, until in self._closed_until.items() if now < until}
+        moves = memory_relief(state.loads(DECODE), limits, full | state.closed)
         for move in moves:
             logger.info("memory relief: %s leaves %d for %d", move.rid, move.source, move.target)
         return moves

@@ -103,7 +103,9 @@ class Mover:
         its round, not the cluster."""
         try:
             cluster = self._predictions.filled(Snapshot.of(self._state.loads(DECODE)))
-            limits = msgspec.structs.replace(self._limits, cost=self.cost)
+            limits = msgspec.structs.replace(
+                self._limits, cost=self.cost, closed=self._state.closed
+            )
             moves = self._policy(cluster, limits)
         except Exception:
             logger.exception("rescheduling policy %s failed", self.rescheduling)

@@ -142,7 +142,7 @@ class RescheduleLimits(msgspec.Struct, frozen=True, kw_only=True):
     before it lets in another one, moved or new (upstream's ``--num-reserved-decode-tokens``).
     ``cooldown_s``: a moved request stays at least this long. ``interval_s``: seconds to the next
     round. ``tpot_slo_ms``: the time per output token that requests are promised (0: none).
-    ``cost``: what a migration takes.
+    ``cost``: what a migration takes. ``closed``: ids of workers that no request may be moved to.
     """
 
     max_moves: int = 2
@@ -154,6 +154,11 @@ class RescheduleLimits(msgspec.Struct, frozen=True, kw_only=True):
     interval_s: float = 1.0
     tpot_slo_ms: float = 0.0
     cost: MoveCost = MoveCost()
+    closed: frozenset[int] = frozenset()
+
+    def may_take(self, worker_id: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``(W,)`` which of these workers requests may be moved to."""
+        return ~np.isin(worker_id, list(self.closed))
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):

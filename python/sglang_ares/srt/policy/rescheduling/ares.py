@@ -90,10 +90,11 @@ class _Round:
         self._now = self._cost(everyone, *self._ahead.of_workers(everyone))
         # Workers that no move can relieve stay so: others only fill up.
         relievable = np.ones(len(everyone), np.bool_)
+        may_take = self._limits.may_take(self._cluster.workers.worker_id)
         while (left := self._limits.max_moves - len(self._moves)) > 0:
             mean = load.mean()
             order = np.argsort(load, kind="stable")
-            targets = order[load[order] < mean]
+            targets = order[may_take[order] & (load[order] < mean)]
             over = relievable[order] & (load[order] > (1 + self._limits.threshold) * mean)
             most = min(math.ceil(_BATCH * left), len(targets))
             sources = order[over][::-1][:most]

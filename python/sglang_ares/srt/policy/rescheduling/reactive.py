@@ -24,12 +24,13 @@ def reactive(cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]:
     if len(workers) < 2:
         return ()
     load, free = workers.load_tokens, workers.free_tokens
+    targets = np.flatnonzero(limits.may_take(workers.worker_id))
     stays = ~requests.movable | (requests.since_move_s < limits.cooldown_s)
     overloaded = (1 + limits.threshold) * load.mean()
     budget = limits.cost.budget_tokens or int(requests.tokens.sum())
     moves: list[Move] = []
-    while len(moves) < limits.max_moves:
-        source, target = int(load.argmax()), int(load.argmin())
+    while len(moves) < limits.max_moves and len(targets):
+        source, target = int(load.argmax()), int(targets[load[targets].argmin()])
         gap = int(load[source] - load[target])
         if gap < limits.min_gap_tokens or load[source] <= overloaded:
             break

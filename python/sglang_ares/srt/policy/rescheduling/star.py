@@ -53,12 +53,14 @@ def star(cluster: Snapshot, limits: RescheduleLimits) -> tuple[Move, ...]:
         & (lasts_s >= _AMORTISATION * takes_s)
     )
     mean = load.mean()
+    may_take = limits.may_take(workers.worker_id)
     budget = limits.cost.budget_tokens or int(requests.tokens.sum())
     moves: list[Move] = []
     while len(moves) < limits.max_moves:
         order = np.argsort(load, kind="stable")
         sources = order[load[order] > (1 + limits.threshold) * mean][-_SHORTLIST:]
-        targets = order[load[order] < (1 - limits.threshold) * mean][:_SHORTLIST]
+        under = may_take & (load < (1 - limits.threshold) * mean)
+        targets = order[under[order]][:_SHORTLIST]
         if not len(sources) or not len(targets):
             break
         rows = np.concatenate([cluster.rows_of_worker[w] for w in sources])
