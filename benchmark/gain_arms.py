@@ -97,20 +97,26 @@ def measure(
     stream: RequestStream,
     arm: str,
     *,
+    window_s: float,
     precision: float,
     near: Row | None,
 ) -> Row:
     """P99 TPOT at the stream's own rate, and goodput, on a lattice of rates whose neighbours differ
-    by ``precision``; looked for from where ``near``, another arm's row, found its own."""
+    by ``precision``; looked for from where ``near``, another arm's row, found its own. Requests
+    arrive for ``window_s``, whatever the rate."""
     config = configured(config, arm)
     started = time.process_time()
-    equal = try_rate(config, stream, stream.rate)
+    equal = try_rate(config, stream, stream.rate, window_s=window_s)
     start = {share: round((near or {}).get(f"exponent_{share * 100:g}") or 0) for share in SHARES}
-    found = lattice_goodput(config, stream, step=1 + precision, start=start, known=equal)
+    found = lattice_goodput(
+        config, stream, step=1 + precision, start=start, known=equal, window_s=window_s
+    )
+    arrive = stream.arrival_s < window_s
     return {
         "arm": arm,
-        "requests": len(stream),
-        "counted": int((stream.arrival_s >= config.warmup_s).sum()),
+        "window_s": round(window_s, 1),
+        "requests": int(arrive.sum()),
+        "counted": int((arrive & (stream.arrival_s >= config.warmup_s)).sum()),
         "rate": round(stream.rate, 4),
         "tpot_slo_ms": round(config.tpot_slo_ms, 3),
         "tpot_p99_ms": round(equal.tpot_p99_ms, 3),
@@ -120,6 +126,7 @@ def measure(
         "retractions": equal.retractions,
         **{f"goodput_{share * 100:g}": round(found.rate[share], 4) for share in SHARES},
         **{f"exponent_{share * 100:g}": found.exponent[share] for share in SHARES},
+        "top": found.top,
         "tries": found.tries + 1,
         "cpu_s": round(time.process_time() - started, 2),
     }

@@ -33,14 +33,14 @@ OUTPUT_MEAN = 2000.0
 # The cut lowers what a cell calls its cv; rows have the cv that was drawn. Memory holds the longest
 # request in any case, so that small cells feel less pressure.
 LONGEST = CAP_TOKENS
-# A cell warms up for so many mean lifetimes of a request, and then counts requests for so many at
-# least, and longer if that are fewer than COUNTED: of a thousand requests, ten decide whether 99 %
-# meet their SLOs, and these ten are luck.
-LIFETIMES = (4, 10)
-# Many workers see enough requests in less time, where none lives much longer than the mean.
-FEW_LIFETIMES = (2, 4)
-MANY_WORKERS, EVEN_CV = 64, 1.0
+# A cell warms up for as long as its longest request lives: before, memory is still filling up, and
+# a cluster serves at rates that it could not sustain. Then requests count for so many mean
+# lifetimes at least, and longer if that are fewer than COUNTED: of a thousand requests, ten decide
+# whether 99 % meet their SLOs, and these ten are luck.
+LIFETIMES = 20
 COUNTED = 4000
+# A stream has requests for so many times the cell's own rate.
+HIGHEST_RATE = 2.5
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,15 @@ class Cell:
         }
 
 
-def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
-    """The cluster and the requests of a cell."""
+def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream, float]:
+    """The cluster and the requests of a cell, and for how long they arrive (s), at any rate."""
     drawn = partial(lognormal, output_mean=OUTPUT_MEAN, output_cv=cell.cv, cap=LONGEST)
     base = load_profile(args.profile)
-    load = mean_load(drawn(rate=100.0, duration_s=1000.0, seed=99), cell.concurrency, base)
-    few = cell.workers >= MANY_WORKERS and cell.cv <= EVEN_CV
-    warm_up, least = FEW_LIFETIMES if few else LIFETIMES
-    lifetimes = warm_up + max(least, COUNTED / (cell.workers * cell.concurrency))
+    lengths = drawn(rate=100.0, duration_s=1000.0, seed=99)
+    load = mean_load(lengths, cell.concurrency, base)
+    warm_up = float(lengths.output_tokens.max() / lengths.output_tokens.mean())
+    lifetimes = warm_up + max(LIFETIMES, COUNTED / (cell.workers * cell.concurrency))
+    window_s = lifetimes * load.lifetime_s
     config = cluster_under(
         load,
         base,
@@ -81,17 +82,18 @@ def scene(cell: Cell, args: argparse.Namespace) -> tuple[SimulationConfig, Reque
         warmup_s=warm_up * load.lifetime_s,
         seed=cell.seed,
     )
+    # At a higher rate the same requests come closer together, and more of them count.
     stream = drawn(
-        rate=cell.workers * load.rate, duration_s=lifetimes * load.lifetime_s, seed=cell.seed
+        rate=cell.workers * load.rate, duration_s=HIGHEST_RATE * window_s, seed=cell.seed
     )
-    return config, stream
+    return config, stream, window_s
 
 
 def run_cell(cell: Cell, arm: str, args: argparse.Namespace, near: Row | None) -> Row:
     """One arm of a cell; ``near``: a row to look for the goodput from, if there is one."""
-    config, stream = scene(cell, args)
+    config, stream, window_s = scene(cell, args)
     cv = float(stream.output_tokens.std() / stream.output_tokens.mean())
-    row = measure(config, stream, arm, precision=args.precision, near=near)
+    row = measure(config, stream, arm, window_s=window_s, precision=args.precision, near=near)
     return cell.key | {"cv_drawn": round(cv, 3)} | row
 
 
@@ -140,7 +142,7 @@ def main() -> int:
 
     settings = {name: getattr(args, name) for name in ("profile", "kv", "precision")} | {
         "output_mean": OUTPUT_MEAN,
-        "lifetimes": {"many workers, cv <= 1": FEW_LIFETIMES, "else": LIFETIMES},
+        "lifetimes": LIFETIMES,
         "counted": COUNTED,
     }
     bar = tqdm(total=len(todo), unit="arm")

@@ -17,8 +17,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sglang_ares.simulator.lattice import MOST_STEPS
-
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -47,9 +45,9 @@ def by_cell(rows: list[Row]) -> Cells:
 
 
 def off_the_lattice(row: Row, share: str) -> bool:
-    """Whether the search ended at its highest rate: that compressed the run until it was shorter
-    than its long requests, so that nothing could fill up. Such a goodput is none."""
-    return bool(row[f"exponent_{share}"] == MOST_STEPS)
+    """Whether the search ended at the highest rate that the stream could feed: the goodput may be
+    higher."""
+    return bool(row[f"exponent_{share}"] == row["top"])
 
 
 def both(seeds: list[Arms], arm: str, other: str) -> list[tuple[Row, Row]]:

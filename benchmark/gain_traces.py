@@ -24,9 +24,12 @@ from sglang_ares.bench.workloads import RequestStream, load_workload
 from sglang_ares.profiles.profile import load_profile
 from sglang_ares.simulator import SimulationConfig
 
-# As in gain_surface.py, and at least so many seconds: outputs of some traces are short.
-LIFETIMES, WARM_UP = 14, 4
-LEAST_S, LEAST_WARM_UP_S = 60.0, 15.0
+# As in gain_surface.py a run warms up for as long as the longest request lives, and then counts
+# requests for so many mean lifetimes; for so many seconds at least, as some outputs are short.
+LIFETIMES = 40
+LEAST_S, LEAST_WARM_UP_S = 150.0, 15.0
+# What is taken of a trace is enough for so many times the mean load's rate, if the trace has it.
+HIGHEST_RATE = 2.5
 # Prompts of Mooncake's trace are long (mean 12,000 tokens, up to 126,000): prefill workers per
 # decode worker, and the SLO for TTFT.
 PREFILL_SHARE = {"mooncake": 2.0}
@@ -42,28 +45,28 @@ def add_scene_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", type=float, default=1.3, help="KV memory over the mean need")
 
 
-def scene(path: str, seed: int, args: argparse.Namespace) -> tuple[SimulationConfig, RequestStream]:
-    """Cluster and requests of one trace."""
+def scene(
+    path: str, seed: int, args: argparse.Namespace
+) -> tuple[SimulationConfig, RequestStream, float]:
+    """Cluster and requests of one trace, and for how long they arrive (s), at any rate."""
     base = load_profile(args.profile)
     probe = load_workload(path, seed=99, rate=10.0, duration_s=1000.0)
     load = mean_load(probe, args.concurrency, base)
+    longest_s = float(probe.output_tokens.max()) * load.step_ms / 1e3
+    warmup_s = max(LEAST_WARM_UP_S, longest_s)
+    window_s = warmup_s + max(LEAST_S, LIFETIMES * load.lifetime_s)
     stream = load_workload(
-        path,
-        seed=seed,
-        rate=args.workers * load.rate,
-        duration_s=max(LEAST_S, LIFETIMES * load.lifetime_s),
+        path, seed=seed, rate=args.workers * load.rate, duration_s=HIGHEST_RATE * window_s
     )
-    settings: dict[str, object] = {
-        "warmup_s": max(LEAST_WARM_UP_S, WARM_UP * load.lifetime_s),
-        "seed": seed,
-    }
+    settings: dict[str, object] = {"warmup_s": warmup_s, "seed": seed}
     if probe.name in PREFILL_SHARE:
         settings["prefill_workers"] = round(args.workers * PREFILL_SHARE[probe.name])
         settings["ttft_slo_ms"] = TTFT_SLO_MS[probe.name]
     longest = int((stream.prompt_tokens + stream.output_tokens).max())
-    return cluster_under(
+    config = cluster_under(
         load, base, workers=args.workers, kv=args.kv, longest=longest, **settings
-    ), stream
+    )
+    return config, stream, window_s
 
 
 def table(rows: list[Row]) -> Table:
@@ -103,12 +106,14 @@ def main() -> int:
     rows = read_rows(args.json)
     bar = tqdm(total=len(args.traces) * len(args.seeds) * len(args.arms), unit="arm")
     for path, seed in itertools.product(args.traces, args.seeds):
-        config, stream = scene(path, seed, args)
+        config, stream, window_s = scene(path, seed, args)
         here = [r for r in rows if (r["trace"], r["seed"]) == (stream.name, seed)]
         near = here[-1] if here else None
         for arm in args.arms:
             if not any(r["arm"] == arm for r in here):
-                near = measure(config, stream, arm, precision=args.precision, near=near)
+                near = measure(
+                    config, stream, arm, window_s=window_s, precision=args.precision, near=near
+                )
                 of = {"trace": stream.name, "origin": stream.origin, "seed": seed}
                 rows.append(of | near)
                 write_rows(args.json, settings, rows)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -81,11 +80,11 @@ def main() -> int:
     rows: list[Row] = []
     runs = list(itertools.product(args.traces, args.times, args.arms, args.seeds))
     for path, times, arm, seed in tqdm(runs, unit="run"):
-        config, stream = scene(path, seed, args)
-        faster = replace(configured(config, arm), warmup_s=config.warmup_s / times)
+        config, stream, window_s = scene(path, seed, args)
         own = {"trace": stream.name, "times": times, "arm": arm, "seed": seed}
         own["rate"] = round(stream.rate * times, 4)
-        rows.append(own | waits(faster, stream.scaled(1 / times)))
+        requests = stream.scaled(1 / times).between(0, window_s)
+        rows.append(own | waits(configured(config, arm), requests))
     names = ("profile", "kv", "workers", "concurrency", "times", "seeds")
     write_rows(args.json, {name: getattr(args, name) for name in names}, rows)
     Console(width=140).print(table(rows))

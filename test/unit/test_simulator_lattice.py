@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import msgspec
@@ -88,6 +89,24 @@ def test_the_same_requests_count_at_every_rate() -> None:
     """A warm-up that stood still would swallow the whole stream at a high rate, and all be well."""
     config, stream = cluster()
     assert try_rate(config, stream, 100 * stream.rate).attainment < 0.5
+
+
+def test_a_window_stays_as_long_at_every_rate() -> None:
+    """What is compressed instead is over before memory is full: a burst, not a rate."""
+    config, stream = cluster(warmup_s=20.0)
+    for rate in (stream.rate, 1.5 * stream.rate):
+        arrive = stream.scaled(stream.rate / rate).between(0, 30.0)
+        alone = try_rate(config, arrive, arrive.rate)
+        assert try_rate(config, stream, rate, window_s=30.0) == replace(alone, rate=rate)
+    with pytest.raises(ValueError, match=r"the stream ends after .* it needs more requests"):
+        try_rate(config, stream, 4 * stream.rate, window_s=30.0)
+
+
+def test_no_rate_is_tried_at_which_the_stream_would_end_within_the_window() -> None:
+    config, stream = cluster(ttft_slo_ms=1e6, tpot_slo_ms=1e6)
+    found = lattice_goodput(config, stream, step=1.1, window_s=40.0)
+    assert found.top == math.floor(math.log(stream.arrival_s[-1] / 40.0, 1.1))
+    assert set(found.exponent.values()) == {found.top}
 
 
 def test_arms_share_the_rates() -> None:

@@ -51,15 +51,32 @@ class Goodput:
 
 
 def try_rate(
-    config: SimulationConfig, stream: RequestStream, rate: float, share: float | None = None
+    config: SimulationConfig,
+    stream: RequestStream,
+    rate: float,
+    share: float | None = None,
+    window_s: float | None = None,
 ) -> Point:
     """Simulate ``stream`` with its timestamps scaled to ``rate``; with a ``share`` only until it is
     certain whether so many requests meet both SLOs (workers that change roles: to the end).
 
-    The warm-up is scaled too: the same requests count at every rate."""
+    ``window_s``: requests arrive for so long at every rate, warm-up included, which is not scaled:
+    a higher rate takes more requests of the stream, which must be long enough. Without it the same
+    requests count at every rate, and the higher the rate, the sooner it is over: where that is
+    before memory has filled up, a cluster serves at rates that it could not sustain.
+    """
     factor = stream.rate / rate
     scaled = stream.scaled(factor)
-    config = replace(config, warmup_s=config.warmup_s * factor)
+    if window_s is None:
+        config = replace(config, warmup_s=config.warmup_s * factor)
+    else:
+        ends_s = float(scaled.arrival_s[-1])
+        if ends_s < window_s:
+            raise ValueError(
+                f"at {rate:.3g} requests/s the stream ends after {ends_s:.0f} s of a window of "
+                f"{window_s:.0f} s; it needs more requests"
+            )
+        scaled = scaled.between(0, window_s)
     verdict = None
     if config.roles is not None:
         result = RolesSimulation(config, scaled).run()
