@@ -160,7 +160,6 @@ def main() -> None:
             *server_flags(options),
             "--enable-metrics",
             f"--ares-roles={arm}",
-            f"--ares-tpot-slo-ms={options.tpot_slo_ms}",
         )
         with running_server(log_path(options.json).with_suffix(f".{arm}.log"), *flags) as url:
             measured[arm] = asyncio.run(run_arm(url, arm, stream, options))

@@ -46,6 +46,7 @@ def server_flags(options: argparse.Namespace) -> tuple[str, ...]:
         f"--ares-prefill-workers={options.prefill_workers}",
         f"--ares-decode-workers={options.decode_workers}",
         f"--ares-ttft-slo-ms={options.ttft_slo_ms}",
+        f"--ares-tpot-slo-ms={options.tpot_slo_ms}",
         "--incremental-streaming-output",
     )
 

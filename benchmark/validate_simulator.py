@@ -57,7 +57,6 @@ def simulate(stream: RequestStream, profile: Profile, options: argparse.Namespac
         prefill_placement=options.placement,
         rescheduling=options.rescheduling,
         prediction=options.prediction,
-        max_moves=2,
         ttft_slo_ms=options.ttft_slo_ms,
         tpot_slo_ms=options.tpot_slo_ms,
         seed=options.seed,

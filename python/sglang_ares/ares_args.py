@@ -73,7 +73,11 @@ class AresArgs:
         "Predict remaining lengths from the lengths of finished requests where the workers do not "
         "predict them.",
     )
-    max_moves: int = _flag(2, "Most moves that one rescheduling round may start.")
+    max_moves: int = _flag(
+        0,
+        "Most moves that one rescheduling round may start. 0: half as many as there are decode "
+        "workers, but two at least.",
+    )
     move_budget: int = _flag(
         0, "Most tokens of KV that the moves of one rescheduling round may copy; 0: no limit."
     )

@@ -278,9 +278,12 @@ def measure(
         ours = [arm for arm in arms if arm.rescheduling != UPSTREAM]
         if ours:
             # Which admission is used is every arm's own.
-            slo = f"--ares-ttft-slo-ms={options.ttft_slo_ms}"
+            slos = (
+                f"--ares-ttft-slo-ms={options.ttft_slo_ms}",
+                f"--ares-tpot-slo-ms={options.tpot_slo_ms}",
+            )
             url = options.url or stack.enter_context(
-                running_server(options.out / "server.log", slo, *server_flags)
+                running_server(options.out / "server.log", *slos, *server_flags)
             )
             urls = {arm.name: url for arm in ours}
         if len(ours) < len(arms):

@@ -11,7 +11,7 @@ from sglang_ares.simulator.roles.config import RolesConfig
 from sglang_ares.srt.policy import placement, rescheduling  # noqa: F401  (they register)
 from sglang_ares.srt.policy.admission import ADMISSIONS, SLO, WORKER
 from sglang_ares.srt.policy.registry import PLACEMENT, RESCHEDULING
-from sglang_ares.srt.policy.types import MoveCost, RescheduleLimits
+from sglang_ares.srt.policy.types import MoveCost, RescheduleLimits, moves_per_round
 
 # The policy whose moves cost nothing and whose predictions are the truth.
 ORACLE = "oracle"
@@ -158,7 +158,7 @@ class SimulationConfig:
             )
         )
         return RescheduleLimits(
-            max_moves=self.max_moves or max(2, self.decode_workers // 2),
+            max_moves=moves_per_round(self.decode_workers, self.max_moves),
             threshold=self.threshold,
             min_gap_tokens=self.min_gap_tokens,
             headroom_tokens=self.headroom_tokens,

@@ -23,7 +23,7 @@ from sglang_ares.srt.policy.draining import drain_moves
 from sglang_ares.srt.policy.move_cost import MoveCostFit
 from sglang_ares.srt.policy.registry import RESCHEDULING
 from sglang_ares.srt.policy.snapshot import Snapshot
-from sglang_ares.srt.policy.types import DECODE, MoveCost, RescheduleLimits
+from sglang_ares.srt.policy.types import DECODE, MoveCost, RescheduleLimits, moves_per_round
 
 if TYPE_CHECKING:
     from sglang_ares.ares_args import AresArgs
@@ -55,7 +55,6 @@ class Mover:
         self._tell = tell
         self.use(ares_args.rescheduling)
         self._limits = RescheduleLimits(
-            max_moves=ares_args.max_moves,
             threshold=ares_args.reschedule_threshold,
             min_gap_tokens=ares_args.min_gap_tokens,
             reserved_tokens=reserved_tokens,
@@ -104,7 +103,10 @@ class Mover:
         try:
             cluster = self._predictions.filled(Snapshot.of(self._state.loads(DECODE)))
             limits = msgspec.structs.replace(
-                self._limits, cost=self.cost, closed=self._state.closed
+                self._limits,
+                max_moves=moves_per_round(len(cluster.workers), self._args.max_moves),
+                cost=self.cost,
+                closed=self._state.closed,
             )
             moves = self._policy(cluster, limits)
         except Exception:

@@ -161,6 +161,11 @@ class RescheduleLimits(msgspec.Struct, frozen=True, kw_only=True):
         return ~np.isin(worker_id, list(self.closed))
 
 
+def moves_per_round(decode_workers: int, most: int = 0) -> int:
+    """``most``, or without one what suits so many decode workers."""
+    return most or max(2, decode_workers // 2)
+
+
 class Move(msgspec.Struct, frozen=True, kw_only=True):
     """One decision: move request ``rid`` from worker ``source`` to worker ``target``."""
 
