@@ -29,6 +29,7 @@ from sglang_ares.srt.managers.dispatcher import Dispatcher
 from sglang_ares.srt.managers.front_desk import FrontDesk
 from sglang_ares.srt.managers.io_struct import (
     ControllerInbound,
+    ControlReply,
     Decoder,
     MigrateQuery,
     PolicyQuery,
@@ -45,6 +46,7 @@ from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from sglang_ares.srt.security.dropped import DroppedFrames
 from unit.recovery_world import request
 from unit.test_cluster_state import report
 
@@ -413,3 +415,15 @@ def test_an_unknown_policy_changes_nothing() -> None:
     status, body = use(controller, "round_robin", "reactive", "nobodys")
     assert status == 400 and "nobodys" in body["reason"] and "slo" in body["reason"]
     assert use(controller, "", "")[1] == before
+
+
+def test_an_answer_from_another_host_that_is_none_is_counted_and_dropped() -> None:
+    dropped = DroppedFrames("controller")
+    host: Any = SimpleNamespace(
+        _from_workers=Decoder(ControllerInbound),
+        _decode=lambda decoder, frame, of: decoder.decode(frame),
+        state=ClusterState([]),
+        dropped=dropped,
+    )
+    AresController._on_worker_message(host, encode(ControlReply(worker_id=0, body=b"\0")))
+    assert dropped.total == 1

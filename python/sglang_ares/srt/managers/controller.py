@@ -530,7 +530,12 @@ class AresController(DataParallelController):
         elif isinstance(message, (HostBeat, WorkerStarted, WorkerEnded, HostLeaving)):
             self.remote.on_message(message)
         elif isinstance(message, ControlReply):
-            sock_send(self._to_tokenizer, decode_reply(message.body))
+            try:
+                reply = decode_reply(message.body)
+            except msgspec.MsgspecError as error:
+                self.dropped.count(f"ControlReply: {error}")
+            else:
+                sock_send(self._to_tokenizer, reply)
 
     def _on_front_message(self, identity: bytes, frame: bytes) -> None:
         query = self._decode(self._from_front, frame, self.dropped_front)
