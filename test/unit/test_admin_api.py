@@ -11,6 +11,7 @@ from sglang.srt.utils.auth import add_api_key_middleware
 
 from sglang_ares.srt.entrypoints.admin_api import add_ares_routes
 from sglang_ares.srt.entrypoints.front_client import FrontClient
+from sglang_ares.srt.entrypoints.leaving import RefuseWhileLeaving
 
 ENDPOINTS = (
     ("GET", "/ares/status"),
@@ -63,3 +64,23 @@ def test_bad_policies_are_400(tmp_path: Path, body: bytes) -> None:
     answer = client(tmp_path).post("/ares/policy", content=body)
     assert answer.status_code == 400
     assert '"rescheduling": name' in answer.json()["reason"]
+
+
+@pytest.mark.parametrize(
+    "method, path, refused",
+    [
+        ("POST", "/generate", True),
+        ("PUT", "/generate", True),
+        ("GET", "/health", False),
+        ("POST", "/ares/migrate", False),
+    ],
+)
+def test_a_server_that_leaves_takes_nothing_new(method: str, path: str, refused: bool) -> None:
+    """Upstream serves the same under POST and PUT."""
+    leaving = False
+    app = FastAPI()
+    app.add_api_route(path, lambda: "served", methods=[method])
+    app.add_middleware(RefuseWhileLeaving, is_leaving=lambda: leaving)
+    assert TestClient(app).request(method, path).status_code == 200
+    leaving = True
+    assert TestClient(app).request(method, path).status_code == (503 if refused else 200)

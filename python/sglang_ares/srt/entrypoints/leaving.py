@@ -10,10 +10,13 @@ import msgspec
 _BODY = msgspec.json.encode(
     {"error": {"message": "the server is shutting down", "type": "unavailable", "code": 503}}
 )
+# Upstream serves /generate and others under both.
+_REFUSED = ("POST", "PUT")
 
 
 class RefuseWhileLeaving:
-    """ASGI middleware: 503 for every POST but the operator's (``/ares/…``) once ``is_leaving()``.
+    """ASGI middleware: 503 for every POST and PUT but the operator's (``/ares/…``) once
+    ``is_leaving()``.
 
     Upstream goes on accepting requests after SIGTERM, so that a busy server never ends.
     """
@@ -28,7 +31,7 @@ class RefuseWhileLeaving:
         """Answer, or pass on."""
         refused = (
             scope["type"] == "http"
-            and scope["method"] == "POST"
+            and scope["method"] in _REFUSED
             and not scope["path"].startswith("/ares/")
             and self._is_leaving()
         )
