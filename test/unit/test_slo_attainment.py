@@ -95,13 +95,18 @@ def test_windows_are_what_counting_gives(steps: list[tuple[float, float, float, 
 
 
 def counted(
-    reason: Mapping[str, Any] | None, *, stream: bool = True, users: bool = True, tokens: int = 11
+    reason: Mapping[str, Any] | None,
+    *,
+    stream: bool = True,
+    users: bool = True,
+    tokens: int = 11,
+    client_left: bool = False,
 ) -> dict[str, Any]:
     """The window after one ended request, 0.2 s to the first token and 1 s from there."""
     times = SimpleNamespace(get_first_token_latency=lambda: 0.2, get_decode_latency=lambda: 1.0)
     obj = SimpleNamespace(stream=stream, log_metrics=users)
     attainment = SloAttainment(SLO)
-    state = SimpleNamespace(obj=obj, time_stats=times)
+    state = SimpleNamespace(obj=obj, time_stats=times, abort_sent=client_left)
     count_ended(attainment, state, reason, tokens, now=1.0)
     return attainment.window(60, 1.0)
 
@@ -127,6 +132,7 @@ def test_an_error_of_the_clusters_counts_as_missed() -> None:
         {"reason": {"type": "stop"}, "users": False},
         {"reason": {"type": "abort", "status_code": 503}, "users": False},
         {"reason": {"type": "length"}, "tokens": 0},
+        {"reason": {"type": "abort", "status_code": 500}, "tokens": 0, "client_left": True},
     ],
 )
 def test_what_is_left_out(left_out: dict[str, Any]) -> None:

@@ -23,7 +23,9 @@ def count_ended(
     Left out are requests whose client has left, those refused for what they ask, those that asked
     for no stream, as nobody sees their tokens come, and what is no user's request.
     """
-    if not getattr(state.obj, "log_metrics", False):
+    # Upstream ends a request that is aborted before it has its KV like one whose transfer failed,
+    # with status 500.
+    if state.abort_sent or not getattr(state.obj, "log_metrics", False):
         return
     reason = finish_reason or {}
     if reason.get("type") == "abort":
