@@ -8,11 +8,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from sglang.srt.managers.io_struct import AbortReq, TokenizedGenerateReqInput
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.ares_args import AresArgs
 from sglang_ares.srt.managers.admission_queue import AdmissionQueue
+from sglang_ares.srt.managers.attempts import internal_rid
 from sglang_ares.srt.managers.cluster_documents import requests_document
 from sglang_ares.srt.managers.cluster_state import ClusterState
 from sglang_ares.srt.managers.cluster_views import (
@@ -43,9 +45,11 @@ from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mover import Mover
 from sglang_ares.srt.managers.role_changes import RoleChanges
 from sglang_ares.srt.managers.role_planner import RolePlanner
+from sglang_ares.srt.managers.tokenizer_manager import AresTokenizerManager
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
+from sglang_ares.srt.security.bounds import MAX_CLIENT_RID_CHARS, MAX_RID_CHARS
 from sglang_ares.srt.security.dropped import DroppedFrames
 from unit.recovery_world import request
 from unit.test_cluster_state import report
@@ -198,6 +202,29 @@ def test_a_request_that_no_message_could_carry_is_refused_at_once(controller: Co
     ((rid, status, reason),) = controller.answered
     assert (rid, status) == ("r", 400) and "sampling_params.custom_params" in reason
     assert not controller.put
+
+
+@pytest.mark.parametrize("start", ["", "HEALTH_CHECK", "ARES_PROBE"])
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_rid_that_no_message_could_carry_is_refused_by_the_front(start: str, batch: bool) -> None:
+    """Every report of a worker that names it would be dropped, with all the others it names."""
+    front = AresTokenizerManager.__new__(AresTokenizerManager)
+    front.rid_to_state, front.enable_trace = {}, False
+    front.disaggregation_mode = DisaggregationMode.NULL
+    longest = start.ljust(MAX_CLIENT_RID_CHARS, "x")
+    assert len(internal_rid(longest, 10**9)) <= MAX_RID_CHARS
+
+    def arrive(rid: str) -> None:
+        text, rids = (["y", "y"], ["short", rid]) if batch else ("y", rid)
+        request = GenerateReqInput(text=text, rid=rids)
+        request.normalize_batch_and_arguments()
+        front._init_req_state(request)
+
+    with pytest.raises(ValueError, match="the rid is longer than 500 characters"):
+        arrive(longest + "x")
+    assert not front.rid_to_state
+    arrive(longest)
+    assert longest in front.rid_to_state
 
 
 # --- moves on command -----------------------------------------------------------------------

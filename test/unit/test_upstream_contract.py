@@ -71,6 +71,9 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "tokenizer_manager.py"),
     ("managers.tokenizer_manager", "TokenizerManager._handle_abort_req", ("recv_obj",),
      "tokenizer_manager.py"),
+    ("managers.tokenizer_manager", "TokenizerManager._init_req_state", ("obj", "request"),
+     "tokenizer_manager.py"),
+    ("managers.io_struct", "EmbeddingReqInput", ("rid",), "tokenizer_manager.py"),
     ("managers.tokenizer_manager", "TokenizerManager.auto_create_handle_loop", (),
      "tokenizer_manager.py"),
     ("managers.tokenizer_manager", "TokenizerManager.generate_request", ("obj", "request"),
@@ -448,7 +451,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "update_active_ranks", "_dispatch_to_scheduler", "_async_dispatch_to_scheduler",
             "update_request_meta_info", "_handle_batch_output", "_handle_abort_req",
-            "auto_create_handle_loop", "create_abort_task",
+            "auto_create_handle_loop", "create_abort_task", "_init_req_state",
         ),
     ),
     "AresOutputStreamer": (

@@ -92,7 +92,6 @@ from sglang_ares.srt.policy.admission import SLO
 from sglang_ares.srt.policy.elastic.instances import Slo
 from sglang_ares.srt.policy.types import DECODE, PREFILL
 from sglang_ares.srt.sampling.sample_seeds import SampleSeeds
-from sglang_ares.srt.security.bounds import MAX_RID_CHARS
 from sglang_ares.srt.security.dropped import DroppedFrames
 from sglang_ares.srt.security.sockets import BoundSocket
 
@@ -305,9 +304,7 @@ class AresController(DataParallelController):
             self.dispatcher.probe(req)
             return
         owner = self.state.new_owner(req.rid, req)
-        if len(owner.name) > MAX_RID_CHARS:
-            self.end(owner, 400, f"the rid is longer than {MAX_RID_CHARS - 3} characters")
-        elif self.ares_args.emulate and (what := not_emulated(req)):
+        if self.ares_args.emulate and (what := not_emulated(req)):
             self.end(owner, 400, f"no model runs here (--ares-emulate), so there are no {what}")
         elif (fault := make_fit_to_travel(req)) is not None:
             self.end(owner, 400, fault)

@@ -21,9 +21,16 @@ from sglang_ares.srt.managers.served_requests import count_ended
 from sglang_ares.srt.observability.metrics import SloMetrics
 from sglang_ares.srt.observability.slo import SloAttainment
 from sglang_ares.srt.policy.elastic.instances import Slo
+from sglang_ares.srt.security.bounds import MAX_CLIENT_RID_CHARS
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.io_struct import AbortReq, ActiveRanksOutput, GenerateReqInput
+    from fastapi import Request
+    from sglang.srt.managers.io_struct import (
+        AbortReq,
+        ActiveRanksOutput,
+        EmbeddingReqInput,
+        GenerateReqInput,
+    )
     from sglang.srt.server_args import PortArgs, ServerArgs
 
     from sglang_ares.ares_args import AresArgs
@@ -103,6 +110,18 @@ class AresTokenizerManager(TokenizerManager):
         while self.attainment is not None and self.slo_metrics is not None:
             self.slo_metrics.show(self.attainment, time.monotonic())
             await asyncio.sleep(_SLO_SHOWN_EVERY_S)
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def _init_req_state(
+        self, obj: GenerateReqInput | EmbeddingReqInput, request: Request | None = None
+    ) -> None:
+        """Upstream's; a rid that no message of ours could carry is refused. Here, because an error
+        from the controller would not end a request whose rid looks like a health check's."""
+        rids = [obj.rid] if isinstance(obj.rid, str) else obj.rid
+        if any(len(rid) > MAX_CLIENT_RID_CHARS for rid in rids):
+            raise ValueError(f"the rid is longer than {MAX_CLIENT_RID_CHARS} characters")
+        super()._init_req_state(obj, request)
 
     # --- workers ----------------------------------------------------------------------------
 

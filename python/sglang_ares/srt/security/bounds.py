@@ -7,6 +7,8 @@ from typing import Annotated, Final
 from msgspec import Meta
 
 MAX_RID_CHARS: Final = 512
+# Of these, what a client may use: the number of the attempt follows (``managers/attempts.py``).
+MAX_CLIENT_RID_CHARS: Final = 500
 MAX_REASON_CHARS: Final = 1000
 # Requests that one report lists, running and finished each.
 MAX_LISTED: Final = 65_536
