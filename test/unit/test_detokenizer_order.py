@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sglang.srt.managers.detokenizer_manager import LimitedCapacityDict
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
     PickleWrapper,
@@ -16,7 +17,9 @@ from sglang.srt.managers.io_struct import (
     wrap_as_pickle,
 )
 
-from sglang_ares.srt.managers.detokenizer_manager import InOrder, select
+from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager, InOrder, select
+from sglang_ares.srt.managers.io_struct import FenceRequests
+from sglang_ares.srt.managers.token_ledger import TokenLedger
 
 
 def batch_of(*items: tuple[str, list[int], int, bool], **fields: Any) -> BatchTokenIDOutput:
@@ -144,6 +147,70 @@ def test_any_interleaving_of_connections_comes_out_in_order(data: Any) -> None:
     assert streams == {rid: list(range(n)) for rid, n in lengths.items()}
     assert sorted(ended) == sorted(lengths)
     assert order.held == 0 and not order._passed
+
+
+# --- texts ----------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer: token 0 is "a"."""
+
+    is_fast = True
+
+    def batch_decode(self, ids: list[list[int]], **_: bool) -> list[str]:
+        return ["".join(chr(97 + i) for i in row) for row in ids]
+
+
+class Texts:
+    """The detokenizer and its clients. A prompt is always "xyz"; the first message of each attempt
+    has it, as upstream's has."""
+
+    def __init__(self) -> None:
+        self.detokenizer = AresDetokenizerManager.__new__(AresDetokenizerManager)
+        self.detokenizer.tokenizer, self.detokenizer.vocab_size = Letters(), 26
+        self.detokenizer.disable_tokenizer_batch_decode = False
+        self.detokenizer.decode_status = LimitedCapacityDict(capacity=100)
+        self.detokenizer._in_order, self.detokenizer._ledger = InOrder(), TokenLedger()
+        self.began: set[str] = set()
+
+    def hear(self, *items: tuple[str, list[int], int, bool]) -> dict[str, str]:
+        """What the clients get now."""
+        names = [name for name, *_ in items]
+        new = [([] if name in self.began else [23, 24, 25]) + ids for name, ids, *_ in items]
+        self.began.update(names)
+        count = len(items)
+        columns: dict[str, Any] = {
+            "decode_ids": new,
+            "read_offsets": [3] * count,
+            "decoded_texts": [""] * count,
+            "cached_tokens": [0] * count,
+            "reasoning_tokens": [0] * count,
+            "skip_special_tokens": [True] * count,
+            "spaces_between_special_tokens": [True] * count,
+            "no_stop_trim": [False] * count,
+        }
+        said = self.detokenizer.handle_batch_token_id_out(batch_of(*items, **columns))
+        assert said is not None
+        return dict(zip(said.rids, said.output_strs, strict=True))
+
+
+def test_a_rid_used_again_begins_a_text_of_its_own() -> None:
+    """The controller ended the first request with an error, of which nothing is heard here."""
+    texts = Texts()
+    assert texts.hear(("r#00", [0, 1], 0, False), ("x#00", [0], 0, False)) == {"r": "ab", "x": "a"}
+    texts.detokenizer._ledger.fence(FenceRequests(fence_id=1, attempts={"r": 1}))
+    assert texts.hear(("x#00", [1], 1, False), ("r#02", [2], 0, False)) == {"x": "b", "r": "c"}
+    assert texts.hear(("r#02", [3, 4], 1, True), ("x#00", [2], 2, True)) == {"r": "de", "x": "c"}
+    assert not texts.detokenizer.decode_status
+
+
+def test_a_recovered_request_goes_on_with_its_text() -> None:
+    texts = Texts()
+    assert texts.hear(("r#00", [0, 1], 0, False)) == {"r": "ab"}
+    texts.detokenizer._ledger.fence(FenceRequests(fence_id=1, attempts={"r": 1}))
+    texts.began.add("r#01")  # it says what its prompt is no second time
+    assert texts.hear(("r#01", [2], 2, False)) == {"r": "c"}
+    assert texts.hear(("r#01", [3], 3, True)) == {"r": "d"}
 
 
 # --- cutting a batch ------------------------------------------------------------------------

@@ -187,7 +187,15 @@ class AresDetokenizerManager(DetokenizerManager):
         outputs = []
         for ordered in self._in_order.admit(batch):
             self._ledger.record(ordered)
+            self._forget_earlier_texts(ordered)
             outputs.append(super().handle_batch_token_id_out(ordered))
         for output in outputs[:-1]:
             sock_send(self.send_to_tokenizer, output)
         return outputs[-1] if outputs else None
+
+    def _forget_earlier_texts(self, batch: BatchTokenIDOutput) -> None:
+        """A first token begins a text. One that the controller, or a worker without a word to
+        here, ended with an error is still open, should the rid be used again."""
+        for i, rid in enumerate(batch.rids or ()):
+            if first_token(batch, i) == 0:
+                self.decode_status.pop(rid, None)
