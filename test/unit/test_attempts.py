@@ -54,3 +54,17 @@ def test_a_rid_that_is_used_again_gets_names_of_its_own() -> None:
     second = state.new_owner("r", None)
     assert second.name == "r#02" and second.first_attempt == 2
     assert state.new_owner("never recovered", None).name == "never recovered#00"
+
+
+def test_a_rid_that_is_used_again_before_its_worker_has_told_of_the_end_goes_on_counting() -> None:
+    """Its client had the end at once; reports come at intervals."""
+    state = ClusterState([WorkerView(i, role, [], 100) for i, role in enumerate(ROLES)])
+    first = state.new_owner("r", None)
+    first.prefill, first.decode = 0, 1
+    state.note_dispatch(first, 1)
+    first.attempt += 1
+    state.note_dispatch(first, 1)
+    second = state.new_owner("r", None)
+    assert second.name == "r#02" and second.first_attempt == 2
+    assert not state.owners, "the first has ended"
+    assert state.new_owner("r", None).name == "r#02", "the second was refused"

@@ -197,6 +197,31 @@ def test_finished_elsewhere_does_not_end_the_request(state: ClusterState) -> Non
     assert state.owners["r"].decode == D1
 
 
+def test_a_late_report_of_the_end_is_not_taken_for_that_of_the_next_of_its_rid(
+    state: ClusterState,
+) -> None:
+    dispatch(state, "r", P0, D1, 300)
+    again = state.new_owner("r", None)
+    again.prefill, again.decode = P0, D1
+    state.note_dispatch(again, 20)
+    state.note_report(report(D1, finished=["r"]))
+    assert state.owners == {"r": again}
+    assert [w.dispatched for w in state.workers.values()] == [{"r#01": 20}, {"r#01": 20}, {}]
+
+
+def test_what_ended_elsewhere_is_not_taken_back_once_its_rid_was_used_again(
+    state: ClusterState,
+) -> None:
+    """Its client had its end, or could not have used the rid."""
+    state.workers[D1].host = "elsewhere"
+    dispatch(state, "used again", P0, D1, 300)
+    dispatch(state, "r", P0, D1, 300)
+    state.note_report(report(D1, finished=["used again", "r"]))
+    state.new_owner("used again", None)
+    state.take_back_ended(D1)
+    assert list(state.owners) == ["r"]
+
+
 # --- migrations -----------------------------------------------------------------------------
 
 

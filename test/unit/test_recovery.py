@@ -7,7 +7,7 @@ import pytest
 
 from sglang_ares.srt.managers.io_struct import Discard, FenceRequests, PeerDied
 from sglang_ares.srt.managers.recovery import Recovery
-from unit.recovery_world import MISSING, RecoveryWorld
+from unit.recovery_world import MISSING, RecoveryWorld, request
 
 P0, D1, D2, D3 = 0, 1, 2, 3
 
@@ -95,6 +95,22 @@ def test_a_request_that_had_ended_is_forgotten() -> None:
     kill(world, D1)
     world.settle()
     assert not world.state.owners and not world.told_ends and world.dispatched["r"] == 1
+
+
+def test_its_end_does_not_end_the_next_request_of_its_rid() -> None:
+    """The client had the end, and used the rid again before the ledger had answered."""
+    world = world_with()
+    world.finish(D1, "r#00")
+    kill(world, D1)
+    hear_all(world)
+    again = world.state.new_owner("r", request())
+    assert world.dispatch(again, []) and again.name == "r#02"
+    world.answer_fence()
+    assert world.state.owners == {"r": again} and not again.recovering
+    kill(world, again.decode)
+    hear_all(world)
+    (fence,) = world.fences
+    assert (fence.attempts, fence.first_attempts) == ({"r": 3}, {"r": 2})
 
 
 def test_a_failed_transfer_is_attempted_again() -> None:

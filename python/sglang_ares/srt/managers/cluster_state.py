@@ -144,8 +144,12 @@ class ClusterState:
 
     def new_owner(self, rid: str, request: Any) -> Ownership:
         """A request that is to be dispatched. Under a rid that was used before, attempts go on
-        counting, so that no leftover of the earlier request is taken for this one's."""
-        attempt = self._last_attempts.pop(rid, -1) + 1
+        counting, so that no leftover of the earlier request is taken for this one's. The earlier
+        one has ended for its client, or the front would not have taken the rid, whether its worker
+        has said so or not."""
+        self.forget(rid)
+        self._ended_elsewhere.pop(rid, None)
+        attempt = self._last_attempts.get(rid, -1) + 1
         return Ownership(rid, request, -1, -1, time.monotonic(), attempt, attempt)
 
     def note_waiting(self, owner: Ownership) -> None:
@@ -169,6 +173,7 @@ class ClusterState:
         owner = self.owners.pop(rid, None)
         if owner is not None:
             self._last_attempts[rid] = owner.attempt
+            self._last_attempts.move_to_end(rid)
             if len(self._last_attempts) > _REMEMBERED:
                 self._last_attempts.popitem(last=False)
             for view in self.workers.values():

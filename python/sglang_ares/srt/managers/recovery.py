@@ -77,7 +77,8 @@ class Recovery:
         self._state = state
         self._max_attempts = max_attempts
         self._deaths: dict[int, _Death] = {}
-        self._fences: dict[int, list[str]] = {}
+        # By rid, the requests that each fence was raised for.
+        self._fences: dict[int, dict[str, Ownership]] = {}
         # Fenced, but no worker could take them yet.
         self._parked: dict[str, tuple[Ownership, EmittedTokens]] = {}
         self._next_id = 1
@@ -112,15 +113,15 @@ class Recovery:
 
     def on_fenced(self, fenced: Fenced) -> None:
         """Nobody but the next attempt can speak now."""
+        asked = self._fences.pop(fenced.fence_id, {})
         for emitted in fenced.requests:
             owner = self._state.owners.get(emitted.rid)
-            if owner is None or emitted.rid not in self._fences.get(fenced.fence_id, ()):
-                continue
+            if owner is None or owner is not asked.get(emitted.rid):
+                continue  # it has ended, and its rid may be another request's by now
             if emitted.ended:
                 self._state.forget(owner.rid)
             else:
                 self._parked[owner.rid] = (owner, emitted)
-        self._fences.pop(fenced.fence_id, None)
         self.dispatch_parked()
 
     def on_abort(self, owner: Ownership) -> None:
@@ -137,8 +138,7 @@ class Recovery:
 
     def recover(self, owners: Iterable[Ownership], reason: str) -> None:
         """Void the current attempts at these requests and begin the next."""
-        attempts: dict[str, int] = {}
-        first: dict[str, int] = {}
+        fenced: dict[str, Ownership] = {}
         void: dict[int, list[str]] = {}
         for owner in owners:
             logger.warning("recovering rid=%s attempt=%d: %s", owner.rid, owner.attempt, reason)
@@ -149,16 +149,19 @@ class Recovery:
                 void.setdefault(worker_id, []).append(owner.name)
             owner.attempt += 1
             owner.recovering = True
-            attempts[owner.rid] = owner.attempt
-            first[owner.rid] = owner.first_attempt
+            fenced[owner.rid] = owner
         for worker_id, names in void.items():
             if self._state.workers[worker_id].state == READY:
                 self._host.tell(worker_id, Discard(rids=names))
-        if attempts:
+        if fenced:
             fence_id = self._take_id()
-            self._fences[fence_id] = list(attempts)
+            self._fences[fence_id] = fenced
             self._host.fence(
-                FenceRequests(fence_id=fence_id, attempts=attempts, first_attempts=first)
+                FenceRequests(
+                    fence_id=fence_id,
+                    attempts={rid: owner.attempt for rid, owner in fenced.items()},
+                    first_attempts={rid: owner.first_attempt for rid, owner in fenced.items()},
+                )
             )
 
     def dispatch_parked(self) -> None:
