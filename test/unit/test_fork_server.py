@@ -69,6 +69,42 @@ def test_each_has_the_environment_of_whom_it_was_forked_for(family: list[dict[st
     assert [p["GONE"] for p in family] == ["soon", None, None]
 
 
+INTERRUPTED = """
+import os, signal, time
+from multiprocessing import forkserver
+from sglang_ares.srt.managers import fork_server
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    fork_server._PRELOAD[:] = ["slow_to_import"]
+    fork_server.begin_imports("cpu")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    server = forkserver._forkserver._forkserver_pid
+    os.kill(server, signal.SIGINT)
+    time.sleep(0.3)
+    os.kill(server, signal.SIGINT)
+    process = fork_server.process_context("cpu").Process(target=print, args=("forked",))
+    process.start()
+    process.join(20)
+    assert forkserver._forkserver._forkserver_pid == server
+"""
+
+
+def test_ctrl_c_while_it_imports_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "slow_to_import.py").write_text("import time; time.sleep(1)")
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("forked\n", 0), done.stderr
+
+
 def test_an_environment_is_taken_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "yes")
     monkeypatch.setenv("DROPPED", "yes")

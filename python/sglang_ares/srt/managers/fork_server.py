@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import multiprocessing as mp
 import os
+import signal
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +42,12 @@ def begin_imports(device: str) -> None:
     """Start the server, if workers will fork from one; it imports while the caller goes on."""
     if device == "cpu" and forkserver.get_inherited_fds() is None:
         process_context(device)
-        forkserver.ensure_running()
+        # It ignores Ctrl-C once it has imported; a terminal's reaches it while it does, too.
+        mine = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, mine)
 
 
 def begin_imports_of_command(argv: Sequence[str]) -> None:
