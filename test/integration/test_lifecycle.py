@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -133,7 +134,10 @@ def test_server_ends_with_all_its_processes(tmp_path: Path, how: str) -> None:
         stop_server(process)
 
 
-def test_sigterm_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["its main process", "its group"])
+def test_sigterm_finishes_what_runs_and_takes_nothing_new(
+    tmp_path: Path, to: Callable[[int, int], None]
+) -> None:
     """A running stream ends normally; a new request gets 503; then all processes are gone."""
     process, server = start_server(tmp_path / "log", "--ares-decode-workers=1")
 
@@ -142,7 +146,7 @@ def test_sigterm_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> Non
             stream = Stream("last-one", PROMPTS[0], max_new_tokens=1500)
             task = asyncio.create_task(stream.run(client))
             await stream.has(20)
-            os.kill(process.pid, signal.SIGTERM)
+            to(process.pid, signal.SIGTERM)
             await asyncio.sleep(0.5)
             late = await client.post("/generate", json={"text": "sort 2 1\n"}, timeout=30)
             assert late.status_code == 503, late.text

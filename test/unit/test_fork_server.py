@@ -1,9 +1,12 @@
-"""The processes of a server on a CPU fork from one that has imported SGLang."""
+"""The processes of a server: on a CPU they fork from one that has imported SGLang; signals to all
+of them are the front's."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +40,27 @@ if __name__ == "__main__":
     fork_server.begin_imports("cpu")
     assert fork_server.has_begun()
     say(0)
+"""
+
+# A front with two processes; one of them leaves signals to it, the other only once it is gone.
+FRONT = """
+import multiprocessing as mp, signal, time
+import sglang.srt.utils
+from sglang_ares.srt.managers.worker_process import leave_signals_to_the_front
+
+def follow(late):
+    if late:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        mp.parent_process().join()
+    leave_signals_to_the_front()
+    print("outlives it" if late else "follows", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: print("the front decides", flush=True))
+    for late in (False, True):
+        mp.get_context("fork").Process(target=follow, args=(late,)).start()
+    time.sleep(600)
 """
 
 
@@ -128,3 +152,26 @@ def test_a_build_for_gpus_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0")
     begin_imports_of_command([])
     assert not has_begun()
+
+
+def test_sigterm_to_all_processes_is_the_fronts_and_its_death_ends_them_all(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "front.py"
+    script.write_text(FRONT)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, process_group=0
+    ) as front:
+        assert front.stdout is not None
+        try:
+            assert front.stdout.readline() == "follows\n"
+            os.killpg(front.pid, signal.SIGTERM)
+            assert front.stdout.readline() == "the front decides\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                front.communicate(timeout=0.5)
+            front.kill()
+            # The end of the output: nobody is left who could write any.
+            assert front.communicate(timeout=100) == ("", None)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(front.pid, signal.SIGKILL)

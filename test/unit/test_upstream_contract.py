@@ -139,7 +139,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
      "worker_process.py"),
     ("utils.auth", "AuthLevel.ADMIN_OPTIONAL", (), "admin_api.py"),
     ("utils.auth", "auth_level", ("level",), "admin_api.py"),
-    ("utils", "kill_itself_when_parent_died", (), "preload.py"),
+    ("utils", "kill_itself_when_parent_died", (), "worker_process.py"),
     ("utils", "kill_process_tree", ("parent_pid", "include_parent"), "launch_server.py"),
     ("utils.network", "get_free_port", (), "cluster.py"),
     ("utils.network", "get_local_ip_auto", ("fallback",), "control_plane.py"),

@@ -17,6 +17,9 @@ import sglang_ares.srt.managers.worker_process  # noqa: F401
 # it, and its children with it.
 kill_itself_when_parent_died()
 
+# What SIGTERM to all processes of a server means is the front's to decide.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 # Upstream's processes send their parent SIGQUIT when they fail. Here that is the fork server,
 # which must outlive them: it starts their successors.
 signal.signal(signal.SIGQUIT, signal.SIG_IGN)

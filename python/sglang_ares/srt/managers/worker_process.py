@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +19,27 @@ if TYPE_CHECKING:
     from sglang_ares.srt.security.control_plane import ControlPlane
 
 
-def leave_ctrl_c_to_the_front() -> None:
-    """A terminal's Ctrl-C reaches every process; only the front decides what it means."""
+def leave_signals_to_the_front() -> None:
+    """A terminal's Ctrl-C and a service manager's SIGTERM reach every process; only the front
+    decides what they mean. Its death ends this process in any case."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from sglang.srt.utils import kill_itself_when_parent_died
+
+    # Upstream's processes do so when they have loaded; a parent that SIGTERM ends while they load
+    # must not leave them behind, now that SIGTERM does not end them.
+    kill_itself_when_parent_died()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        sys.exit()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def run_controller_process(device: str, arguments: bytes, writer: Connection) -> None:
     """The controller. ``arguments``: of ``run_controller``, pickled, as reading them imports
     SGLang: where no fork server runs yet, the workers' begins with that first, and both import at
     once."""
-    leave_ctrl_c_to_the_front()
     begin_imports(device)
+    leave_signals_to_the_front()
     from sglang_ares.srt.managers.controller import run_controller
 
     server_args, port_args, ares_args, control = pickle.loads(arguments)
@@ -42,7 +54,7 @@ def run_worker_process(
     spec: WorkerSpec, port_args: PortArgs, gpu_id: int, tp_rank: int, writer: Connection
 ) -> None:
     """One tensor-parallel rank of a worker: its KV bootstrap server (rank 0) and its scheduler."""
-    leave_ctrl_c_to_the_front()
+    leave_signals_to_the_front()
     from sglang.srt.arg_groups.overrides import resolution_result
     from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
     from sglang.srt.managers.scheduler import run_scheduler_process
@@ -86,7 +98,7 @@ def run_worker_process(
 
 def run_detokenizer(control: ControlPlane, *args: Any, **kwargs: Any) -> None:
     """Upstream's detokenizer process, with our detokenizer."""
-    leave_ctrl_c_to_the_front()
+    leave_signals_to_the_front()
     from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
 
     from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager
