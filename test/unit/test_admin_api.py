@@ -84,3 +84,10 @@ def test_a_server_that_leaves_takes_nothing_new(method: str, path: str, refused:
     assert TestClient(app).request(method, path).status_code == 200
     leaving = True
     assert TestClient(app).request(method, path).status_code == (503 if refused else 200)
+
+
+@pytest.mark.parametrize("name", ["migrate", "policy", "drain", "undrain", "role", "fault"])
+def test_bodies_that_are_not_utf8_are_400(tmp_path: Path, name: str) -> None:
+    answer = client(tmp_path).post(f"/ares/{name}", content=b'{"\xff": 1}')
+    assert answer.status_code == 400
+    assert answer.json()["reason"].startswith("the body must be {")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -12,6 +12,8 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_ares.srt.disaggregation.faults import is_point
 from sglang_ares.srt.entrypoints.front_client import ControllerTimeoutError, FrontClient
 from sglang_ares.srt.security.bounds import PolicyName, Rid, WorkerId
+
+_Body = TypeVar("_Body")
 
 
 class MigrateBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -74,24 +76,19 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def migrate(request: Request) -> Response:
         """Move a request to a decode worker; answers with the outcome."""
-        try:
-            body = msgspec.json.decode(await request.body(), type=MigrateBody)
-        except msgspec.MsgspecError as error:
-            return _error(400, f'the body must be {{"rid": string, "target": integer}}: {error}')
+        body = await _read(request, MigrateBody, '{"rid": string, "target": integer}')
+        if isinstance(body, Response):
+            return body
         return await _answer(client.migrate(body.rid, body.target))
 
     @app.post("/ares/policy")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def policy(request: Request) -> Response:
         """Change the policies while the cluster serves; answers with those in use."""
-        try:
-            body = msgspec.json.decode(await request.body(), type=PolicyBody)
-        except msgspec.MsgspecError as error:
-            return _error(
-                400,
-                'the body must be {"placement": name, "admission": name, "rescheduling": name}: '
-                f"{error}",
-            )
+        wanted = '{"placement": name, "admission": name, "rescheduling": name}'
+        body = await _read(request, PolicyBody, wanted)
+        if isinstance(body, Response):
+            return body
         return await _answer(client.use_policies(body.placement, body.rescheduling, body.admission))
 
     @app.post("/ares/drain")
@@ -107,21 +104,19 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
         return await _drain(request, False)
 
     async def _drain(request: Request, drain: bool) -> Response:
-        try:
-            body = msgspec.json.decode(await request.body(), type=DrainBody)
-        except msgspec.MsgspecError as error:
-            return _error(400, f'the body must be {{"worker": integer}}: {error}')
+        body = await _read(request, DrainBody, '{"worker": integer}')
+        if isinstance(body, Response):
+            return body
         return await _answer(client.drain(body.worker, drain))
 
     @app.post("/ares/role")
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def role(request: Request) -> Response:
         """Make a worker a prefill or a decode worker; answers once it is, or will not be."""
-        try:
-            body = msgspec.json.decode(await request.body(), type=RoleBody)
-        except msgspec.MsgspecError as error:
-            wanted = '{"worker": integer, "role": "prefill" or "decode"}'
-            return _error(400, f"the body must be {wanted}: {error}")
+        wanted = '{"worker": integer, "role": "prefill" or "decode"}'
+        body = await _read(request, RoleBody, wanted)
+        if isinstance(body, Response):
+            return body
         return await _answer(client.change_role(body.worker, body.role))
 
     @app.get("/ares/fault")
@@ -134,15 +129,24 @@ def add_ares_routes(app: FastAPI, client: FrontClient) -> None:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def fault(request: Request) -> Response:
         """Arm a fault on a worker (needs ``--ares-fault-injection``)."""
-        try:
-            body = msgspec.json.decode(await request.body(), type=FaultBody)
-        except msgspec.MsgspecError as error:
-            return _error(400, f"the body is not understood: {error}")
+        wanted = '{"worker": integer, "point": string, "action": string, "seconds": number}'
+        body = await _read(request, FaultBody, wanted)
+        if isinstance(body, Response):
+            return body
         if body.action != "release" and not is_point(body.point):
             return _error(400, f"{body.point!r} is no point of a migration (source:COPYING, …)")
         return await _answer(
             client.inject_fault(body.worker, body.point, body.action, body.seconds)
         )
+
+
+async def _read(request: Request, kind: type[_Body], wanted: str) -> _Body | Response:
+    """The body, or what to answer if it is not as ``wanted``."""
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    # What is not UTF-8 is no error of msgspec's own.
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return _error(400, f"the body must be {wanted}: {error}")
 
 
 async def _answer(query: Any) -> Response:
