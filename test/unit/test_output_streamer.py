@@ -16,7 +16,13 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ares.profiles.laws import NO_LAWS
 from sglang_ares.srt.managers import worker_agent
-from sglang_ares.srt.managers.io_struct import Message, RequestFailed
+from sglang_ares.srt.managers.io_struct import (
+    ControllerInbound,
+    Decoder,
+    Message,
+    RequestFailed,
+    encode,
+)
 from sglang_ares.srt.managers.output_streamer import (
     KV_FAILURES,
     AresOutputStreamer,
@@ -25,6 +31,7 @@ from sglang_ares.srt.managers.output_streamer import (
     kv_failure,
 )
 from sglang_ares.srt.managers.worker_agent import WorkerAgent
+from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
 
 FAILED = "Decode transfer failed for request rank=0 rid='r#00'\nwith exception …"
 
@@ -208,6 +215,16 @@ def test_a_failed_transfer_is_told_to_the_controller_only(
     assert not told.calls
     assert agent.reports == [RequestFailed(rid="r#00", worker_id=3, reason=FAILED.splitlines()[0])]
     assert agent.is_void("r#00")
+
+
+@BOTH
+def test_a_long_error_is_told_as_far_as_the_message_may_say_it(
+    mode: DisaggregationMode, agent: Agent, told: Told
+) -> None:
+    """The controller drops what is longer, and with it the request."""
+    stream(mode, new_req(reason=FINISH_ABORT("Decode transfer failed " + "x" * 5000, 500)))
+    heard = Decoder(ControllerInbound).decode(encode(*agent.reports))
+    assert heard.reason == "Decode transfer failed ".ljust(MAX_REASON_CHARS, "x")
 
 
 @BOTH

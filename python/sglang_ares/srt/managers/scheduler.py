@@ -48,7 +48,6 @@ from sglang_ares.srt.managers.run_time_changes import repeat
 from sglang_ares.srt.managers.worker_agent import WorkerAgent, pool_counters
 from sglang_ares.srt.policy.types import DECODE
 from sglang_ares.srt.predictor.runtime import hand_over_on_cpu
-from sglang_ares.srt.security.bounds import MAX_REASON_CHARS
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
@@ -239,7 +238,7 @@ class AresScheduler(Scheduler):
         if fault is not None:
             # Somebody waits for it: it gets its next attempt, or after the last one an answer.
             self.ares.dropped.count(f"Resume of {message.spec.rid}: {fault}")
-            self.ares.request_failed(message.spec.rid, fault[:MAX_REASON_CHARS])
+            self.ares.request_failed(message.spec.rid, fault)
         elif self._host.comes_from_the_dead(message):
             self.ares.request_failed(message.spec.rid, "its prefill worker died")
         elif not self.ares.is_void(message.spec.rid):

@@ -31,7 +31,7 @@ from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.policy.prefill_time import PrefillTimeFit
 from sglang_ares.srt.policy.step_time import StepTimeFit
 from sglang_ares.srt.policy.types import DECODE, Remaining, RequestLoad, WorkerLoad
-from sglang_ares.srt.security.bounds import MAX_LISTED
+from sglang_ares.srt.security.bounds import MAX_LISTED, MAX_REASON_CHARS
 from sglang_ares.srt.security.dropped import DroppedFrames
 
 if TYPE_CHECKING:
@@ -195,6 +195,8 @@ class WorkerAgent:
     def request_failed(self, rid: str, reason: str) -> None:
         """Ask the controller for a new attempt; this one is void."""
         self.note_void(rid)
+        # A longer one may not be said, and nobody would know of the request.
+        reason = reason[:MAX_REASON_CHARS]
         self.report(RequestFailed(rid=rid, worker_id=self.worker_id, reason=reason))
 
     def note_refused(self, rid: str) -> None:
