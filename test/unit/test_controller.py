@@ -43,6 +43,7 @@ from sglang_ares.srt.managers.io_struct import (
 from sglang_ares.srt.managers.law_keeper import LawKeeper
 from sglang_ares.srt.managers.length_predictions import LengthPredictions
 from sglang_ares.srt.managers.mover import Mover
+from sglang_ares.srt.managers.recovery import Recovery
 from sglang_ares.srt.managers.role_changes import RoleChanges
 from sglang_ares.srt.managers.role_planner import RolePlanner
 from sglang_ares.srt.managers.tokenizer_manager import AresTokenizerManager
@@ -403,6 +404,29 @@ def test_the_late_report_of_a_worker_that_is_gone_is_not_measured(controller: Co
     controller.lose(D1)
     host._on_worker_message(encode(report(D1)))
     assert not measured
+
+
+def test_a_move_whose_source_died_has_failed_for_whoever_counts_or_waits(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[str, str, str]] = []
+    host: Any = controller
+    host.metrics = SimpleNamespace(
+        migrated=lambda result, cause: counted.append((cause, result.outcome, result.reason))
+    )
+    host.recovery = Recovery(host, controller.state, max_attempts=3)
+    monkeypatch.setattr(controller.waiting, "cluster_changed", lambda: None)
+    controller.own("r")
+    controller.own("of another", D2)
+    controller.migrate("r", D2)
+    controller.migrate("of another", D1)
+    controller.lose(D1, RESTARTING)
+    controller.on_worker_dead(D1)
+    assert counted == [("manual", "failed", "source died")]
+    assert controller.state.migrations.document(1)["failed"] == {"source died": 1}
+    ((status, body),) = controller.replies
+    assert (status, body["outcome"], body["reason"]) == (409, "failed", "source died")
+    assert [m.rid for m in controller.state.moving.values()] == ["of another#00"]
 
 
 # --- policies -------------------------------------------------------------------------------

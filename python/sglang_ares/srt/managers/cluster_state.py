@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_ares.srt.disaggregation.migration import COMPLETED
+from sglang_ares.srt.disaggregation.migration import COMPLETED, FAILED
 from sglang_ares.srt.managers.attempts import split_rid
 from sglang_ares.srt.managers.cluster_views import (
     CHANGING,
@@ -186,10 +186,28 @@ class ClusterState:
         view.report = None
         view.changing_to = None
         view.dispatched.clear()
-        for migration_id, move in list(self.moving.items()):
-            if move.source == worker_id:
-                del self.moving[migration_id]
-                self.migrations.failed["source died"] += 1
+        for result in self.moves_lost_with(worker_id):
+            self.note_migration_result(result)
+
+    def moves_lost_with(self, worker_id: int) -> list[MigrationResult]:
+        """How the migrations ended whose source has died, and cannot tell any more."""
+        return [
+            MigrationResult(
+                migration_id=migration_id,
+                rid=move.rid,
+                source=move.source,
+                target=move.target,
+                outcome=FAILED,
+                reason="source died",
+                tokens=0,
+                tokens_sent=0,
+                tokens_saved=0,
+                kv_bytes=0,
+                duration_s=0.0,
+            )
+            for migration_id, move in self.moving.items()
+            if move.source == worker_id
+        ]
 
     def note_adopted(self, message: Adopted) -> None:
         """The target of a migration says that it owns the request."""

@@ -388,9 +388,8 @@ class AresController(DataParallelController):
 
     def on_worker_dead(self, worker_id: int) -> None:
         """A worker's processes are gone."""
-        for migration_id, move in list(self.state.moving.items()):
-            if move.source == worker_id:
-                self.desk.on_source_died(migration_id, move)
+        for result in self.state.moves_lost_with(worker_id):
+            self._migration_ended(result)
         self.recovery.worker_died(worker_id)
         self.recovery.dispatch_parked()
         self.waiting.cluster_changed()
@@ -514,11 +513,7 @@ class AresController(DataParallelController):
             self.state.note_load(message)
             self.waiting.cluster_changed()
         elif isinstance(message, MigrationResult):
-            move = self.state.note_migration_result(message)
-            if move is not None:
-                self.metrics.migrated(message, move.cause)
-                self.mover.on_result(message)
-                self.desk.on_result(message)
+            self._migration_ended(message)
         elif isinstance(message, FirstEstimates):
             self.state.note_first_estimates(message)
         elif isinstance(message, Landed):
@@ -533,6 +528,13 @@ class AresController(DataParallelController):
                 self.dropped.count(f"ControlReply: {error}")
             else:
                 sock_send(self._to_tokenizer, reply)
+
+    def _migration_ended(self, result: MigrationResult) -> None:
+        move = self.state.note_migration_result(result)
+        if move is not None:
+            self.metrics.migrated(result, move.cause)
+            self.mover.on_result(result)
+            self.desk.on_result(result)
 
     def _on_front_message(self, identity: bytes, frame: bytes) -> None:
         query = self._decode(self._from_front, frame, self.dropped_front)

@@ -11,7 +11,7 @@ import msgspec
 
 from sglang_ares.srt.managers.attempts import public_rid
 from sglang_ares.srt.managers.cluster_documents import requests_document, status_document
-from sglang_ares.srt.managers.cluster_views import MANUAL, READY, MovingRequest
+from sglang_ares.srt.managers.cluster_views import MANUAL, READY
 from sglang_ares.srt.managers.io_struct import (
     DrainQuery,
     FaultQuery,
@@ -180,24 +180,6 @@ class FrontDesk:
             "duration_ms": 1e3 * result.duration_s,
         }
         self.reply(*waiting, 200 if result.outcome == "completed" else 409, body)
-
-    def on_source_died(self, migration_id: int, move: MovingRequest) -> None:
-        """A migration whose end its source cannot tell any more."""
-        self.on_result(
-            MigrationResult(
-                migration_id=migration_id,
-                rid=move.rid,
-                source=move.source,
-                target=move.target,
-                outcome="failed",
-                reason="source died",
-                tokens=0,
-                tokens_sent=0,
-                tokens_saved=0,
-                kv_bytes=0,
-                duration_s=0.0,
-            )
-        )
 
     # --- roles ------------------------------------------------------------------------------
 
