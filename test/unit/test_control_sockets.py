@@ -7,17 +7,21 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import zmq
+from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
 from sglang_ares import keys as keys_command
 from sglang_ares.ares_args import AresArgs, AresArgsError
 from sglang_ares.srt.entrypoints.front_client import FrontClient
+from sglang_ares.srt.managers.detokenizer_manager import AresDetokenizerManager
+from sglang_ares.srt.managers.io_struct import ControllerInbound, Decoder, LedgerDropped
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.security import sockets
-from sglang_ares.srt.security.control_plane import ControlPlane, free_ports
+from sglang_ares.srt.security.control_plane import ControlPlane, Endpoint, free_ports
 from sglang_ares.srt.security.curve import CurveKeys, CurveKeysError
 from sglang_ares.srt.security.dropped import DroppedFrames
 
@@ -211,6 +215,51 @@ async def test_the_front_speaks_with_its_keys(
         client.close()
     assert dropped.total > 0
     router.close()
+    admission.stop()
+
+
+def test_the_controller_hears_of_strangers_that_the_ledger_has_refused(
+    context: Context, keys: CurveKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else says anything there meanwhile."""
+
+    class ToldEnoughError(Exception):
+        """Ends a loop that would go on for ever."""
+
+    def ipc(name: str) -> Endpoint:
+        return Endpoint(f"ipc://{tmp_path}/{name}", f"ipc://{tmp_path}/{name}")
+
+    outputs = ipc("outputs")
+    plane = ControlPlane(str(tmp_path), ipc("front"), ipc("controller"), (), keys, outputs=outputs)
+    admission = keys.admit(context)
+    controller = Mailbox(context, plane.controller.bind, keys=keys)
+    told: list[int] = []
+    deadline = time.monotonic() + 30
+
+    def hear() -> None:
+        for frame in controller.drain():
+            message = Decoder(ControllerInbound).decode(frame)
+            assert isinstance(message, LedgerDropped)
+            told.append(message.dropped_frames)
+        if (told and told[-1] >= 3) or time.monotonic() > deadline:
+            raise ToldEnoughError
+
+    monkeypatch.setattr(DetokenizerManager, "init_running_status", lambda *_: None)
+    monkeypatch.setattr(AresDetokenizerManager, "control", plane, raising=False)
+    ledger: Any = object.__new__(AresDetokenizerManager)
+    ledger.init_running_status(None)
+    ledger.recv_from_scheduler = context.socket(zmq.PULL)
+    ledger.soft_watchdog = SimpleNamespace(disable=contextlib.nullcontext, feed=hear)
+    for _ in range(3):
+        stranger = context.socket(zmq.PUSH)
+        stranger.connect(outputs.connect)
+    with pytest.raises(ToldEnoughError):
+        ledger.event_loop()
+    assert told[-1] >= 3 and told == sorted(set(told)), "told once"
+    ledger._outputs.close()
+    ledger._mailbox.close()
+    ledger._admission.stop()
+    controller.close()
     admission.stop()
 
 

@@ -33,10 +33,12 @@ from sglang_ares.srt.managers.io_struct import (
     ControllerInbound,
     ControlReply,
     Decoder,
+    LedgerDropped,
     MigrateQuery,
     PolicyQuery,
     QueryReply,
     StartMigration,
+    StatusQuery,
     WorkerInbound,
     encode,
 )
@@ -109,6 +111,7 @@ class Controller(AresController):
             predictions,
             512,
         )
+        self.dropped_ledger = DroppedFrames("ledger")
         self.answered: list[tuple[str, int | None, str]] = []
         self.waiting = AdmissionQueue(
             self.state,
@@ -136,7 +139,7 @@ class Controller(AresController):
             LawKeeper(None),
             args,
             "/run",
-            [],
+            [self.dropped_ledger],
             self.tell,
         )
 
@@ -427,6 +430,18 @@ def test_a_move_whose_source_died_has_failed_for_whoever_counts_or_waits(
     ((status, body),) = controller.replies
     assert (status, body["outcome"], body["reason"]) == (409, "failed", "source died")
     assert [m.rid for m in controller.state.moving.values()] == ["of another#00"]
+
+
+def test_what_the_ledger_does_not_let_in_is_shown(controller: Controller) -> None:
+    counted: list[tuple[str, int]] = []
+    host: Any = controller
+    host._from_workers, host.dropped = Decoder(ControllerInbound), None
+    host.metrics = SimpleNamespace(dropped=lambda *of: counted.append(of))
+    for total in (3, 5):
+        host._on_worker_message(encode(LedgerDropped(dropped_frames=total)))
+    controller.desk.answer(b"front", StatusQuery(query_id=1))
+    assert controller.replies[-1][1]["dropped_frames"] == {"ledger": 5}
+    assert counted == [("ledger", 3), ("ledger", 5)]
 
 
 # --- policies -------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ from sglang_ares.srt.managers.io_struct import (
     HostLeaving,
     JoinQuery,
     Landed,
+    LedgerDropped,
     LoadUpdate,
     Message,
     MigrationResult,
@@ -131,6 +132,8 @@ class AresController(DataParallelController):
         self._admission = keys and keys.admit(self.context)
         self.dropped = DroppedFrames("controller")
         self.dropped_front = DroppedFrames("front")
+        # Counted in the token ledger's process, which tells its total.
+        self.dropped_ledger = DroppedFrames("ledger")
         self._mailbox = Mailbox(
             self.context, self.control.controller.bind, keys=keys, dropped=self.dropped
         )
@@ -272,7 +275,7 @@ class AresController(DataParallelController):
             self.laws,
             self.ares_args,
             self.control.runtime_dir,
-            [self.dropped, self.dropped_front],
+            [self.dropped, self.dropped_front, self.dropped_ledger],
             self.tell,
         )
         self.remote = RemoteWorkers(
@@ -491,6 +494,9 @@ class AresController(DataParallelController):
             self.roles.on_changed(message, time.monotonic())
         elif isinstance(message, Fenced):
             self.recovery.on_fenced(message)
+        elif isinstance(message, LedgerDropped):
+            self.dropped_ledger.total = message.dropped_frames
+            self.metrics.dropped(self.dropped_ledger.where, message.dropped_frames)
         elif isinstance(message, FaultReached):
             self.desk.on_fault_reached(message)
         elif isinstance(message, Adopted):

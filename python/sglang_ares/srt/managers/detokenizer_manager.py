@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from collections import OrderedDict
 from typing import Any, ClassVar
 
@@ -23,7 +24,13 @@ from sglang.srt.managers.io_struct import (
 )
 
 from sglang_ares.srt.managers.batch_items import first_token, select
-from sglang_ares.srt.managers.io_struct import Decoder, LedgerInbound, OutputsInbound, encode
+from sglang_ares.srt.managers.io_struct import (
+    Decoder,
+    LedgerDropped,
+    LedgerInbound,
+    OutputsInbound,
+    encode,
+)
 from sglang_ares.srt.managers.mailbox import Mailbox
 from sglang_ares.srt.managers.remote_outputs import batch_fault, unpack_batch
 from sglang_ares.srt.managers.token_ledger import TokenLedger
@@ -34,6 +41,9 @@ from sglang_ares.srt.security.sockets import BoundSocket
 CONTROLLER = "controller"
 # Messages of other hosts handled before this host's workers are listened to again.
 _OUTPUTS_AT_ONCE = 256
+# How often the sockets are looked at that nothing has arrived on: who was refused there sends
+# nothing that would wake the loop up.
+_LOOK_S = 1.0
 
 
 class InOrder:
@@ -125,6 +135,8 @@ class AresDetokenizerManager(DetokenizerManager):
             if outputs is not None
             else None
         )
+        self._next_look = 0.0
+        self._told_dropped = 0
 
     def event_loop(self) -> None:
         """Upstream's loop, interrupted for the controller's fences and for what workers on other
@@ -136,14 +148,19 @@ class AresDetokenizerManager(DetokenizerManager):
             poller.register(self._outputs.socket, zmq.POLLIN)
         while True:
             with self.soft_watchdog.disable():
-                ready = dict(poller.poll())
-            if self._mailbox.socket in ready:
+                ready = dict(poller.poll(1e3 * _LOOK_S))
+            now = time.monotonic()
+            look = now >= self._next_look
+            if look or self._mailbox.socket in ready:
                 self._answer_controller()
             if self.recv_from_scheduler in ready:
                 self._pass_on(sock_recv(self.recv_from_scheduler))
-            if self._outputs is not None and self._outputs.socket in ready:
+            if self._outputs is not None and (look or self._outputs.socket in ready):
                 for (frame,) in self._outputs.receive(parts=1, limit=_OUTPUTS_AT_ONCE):
                     self._admit_from_elsewhere(frame)
+            if look:
+                self._next_look = now + _LOOK_S
+                self._tell_dropped()
             self.soft_watchdog.feed()
 
     def _pass_on(self, received: Any) -> None:
@@ -167,6 +184,12 @@ class AresDetokenizerManager(DetokenizerManager):
         except Exception as error:
             what = f"Outputs of worker {message.worker_id} could not be handled"
             self._dropped.count(what, error=error)
+
+    def _tell_dropped(self) -> None:
+        total = self._dropped.total
+        if total != self._told_dropped:
+            self._told_dropped = total
+            self._mailbox.send(CONTROLLER, encode(LedgerDropped(dropped_frames=total)))
 
     def _answer_controller(self) -> None:
         for frame in self._mailbox.drain():

@@ -2,7 +2,7 @@
 
 Directions: controller → worker (``ConnectPeers`` … ``Resume``), worker → controller
 (``Heartbeat`` … ``PeerDiedAck``), worker → worker (``Offer`` … ``ForwardAbort``, in the order of
-the protocol), controller ↔ token ledger (``FenceRequests``, ``Fenced``), front ↔ controller
+the protocol), controller ↔ token ledger (``FenceRequests``, ``Fenced``, …), front ↔ controller
 (``…Query``/``…Reply``); of workers on other hosts: controller → worker (``Generate``,
 ``ControlRequest``), worker → controller and ledger (``ControlReply``, ``Outputs``), their host ↔
 controller (``JoinQuery`` … ``MayLeave``). On the wire a message is one msgpack array whose first
@@ -405,6 +405,12 @@ class Fenced(Message, frozen=True, kw_only=True):
     requests: list[EmittedTokens]
 
 
+class LedgerDropped(Message, frozen=True, kw_only=True):
+    """What the token ledger's process has not let in since its start; told when there is more."""
+
+    dropped_frames: Count
+
+
 # --- front <-> controller -------------------------------------------------------------------
 
 
@@ -613,6 +619,7 @@ ControllerInbound = (
     | RoleChanged
     | FaultReached
     | Fenced
+    | LedgerDropped
     | ControlReply
     | HostBeat
     | WorkerStarted

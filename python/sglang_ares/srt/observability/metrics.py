@@ -145,7 +145,7 @@ SERIES: tuple[_Series, ...] = (
         "dropped_control_frames_total",
         "counter",
         ("where",),
-        "Control messages not let in, by receiver (controller, front, worker-N).",
+        "Control messages not let in, by receiver (controller, front, ledger, worker-N).",
     ),
 )
 # Those that the front records.
