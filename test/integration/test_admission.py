@@ -104,6 +104,8 @@ def test_a_client_that_leaves_while_it_waits(world: World) -> None:
             crowd = world.crowd("left")
             tasks = [asyncio.create_task(s.run(client)) for s in crowd]
             await world.wait_until_some_wait(client, CROWD // 3)
+            while not any(s.output_ids for s in crowd):
+                await asyncio.sleep(0.02)
             gone = [i for i, s in enumerate(crowd) if not s.output_ids]
             for i in gone:
                 tasks[i].cancel()

@@ -65,6 +65,11 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("entrypoints.http_server", "app.include_router", ("router",), "launch_server.py"),
     ("managers.tokenizer_manager", "TokenizerManager.update_control_communicator_fan_out",
      ("worker_count",), "tokenizer_manager.py"),
+    ("managers.tokenizer_manager", "TokenizerManager._wait_for_model_update_from_disk", ("obj",),
+     "tokenizer_manager.py"),
+    ("managers.tokenizer_manager",
+     "TokenizerManager._handle_update_weights_from_disk_req_output", ("recv_obj",),
+     "tokenizer_manager.py"),
     ("managers.tokenizer_manager", "TokenizerManager.update_active_ranks", ("ranks",),
      "tokenizer_manager.py"),
     ("managers.tokenizer_manager", "TokenizerManager._handle_batch_output", ("recv_obj",),
@@ -91,6 +96,7 @@ RELIED_ON: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("managers.communicator", "FanOutCommunicator", ("send", "fan_out", "mode"),
      "tokenizer_manager.py"),
     ("managers.io_struct", "ActiveRanksOutput", ("status",), "controller.py"),
+    ("managers.io_struct", "UpdateWeightFromDiskReqOutput", (), "tokenizer_manager.py"),
     ("managers.io_struct", "ShutdownReq", (), "controller.py"),
     # --- workers on other hosts --------------------------------------------------------------
     ("managers.io_struct", "CloseSessionReqInput", (), "remote_io.py"),
@@ -452,6 +458,7 @@ OVERRIDES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "update_active_ranks", "_dispatch_to_scheduler", "_async_dispatch_to_scheduler",
             "update_request_meta_info", "_handle_batch_output", "_handle_abort_req",
             "auto_create_handle_loop", "create_abort_task", "_init_req_state",
+            "_handle_update_weights_from_disk_req_output",
         ),
     ),
     "AresOutputStreamer": (
@@ -621,7 +628,7 @@ NOT_UPSTREAMS = {
 OURS = {
     "server_args": {"_ares_args", "_ares_control"},
     "self.server_args": {"_ares_args", "_ares_control"},
-    "tokenizer_manager": {"workers_here", "attainment", "slo_metrics"},
+    "tokenizer_manager": {"workers_here", "serving", "attainment", "slo_metrics"},
     "scheduler": {"spec"},
     "self._scheduler": {"spec"},
 }

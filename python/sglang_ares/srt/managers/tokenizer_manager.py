@@ -12,6 +12,7 @@ from sglang.srt.managers.communicator import FanOutCommunicator
 from sglang.srt.managers.io_struct import (
     BatchTokenizedGenerateReqInput,
     TokenizedGenerateReqInput,
+    UpdateWeightFromDiskReqInput,
 )
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         ActiveRanksOutput,
         EmbeddingReqInput,
         GenerateReqInput,
+        UpdateWeightFromDiskReqOutput,
     )
     from sglang.srt.server_args import PortArgs, ServerArgs
 
@@ -54,6 +56,9 @@ class AresTokenizerManager(TokenizerManager):
     # Workers of this host, which come first; whether others serve too.
     workers_here = 0
     _elsewhere = False
+    # How many workers serve, and how many of them have still to be heard of new weights.
+    serving = 0
+    _updates_due = 0
     # Set where something is promised, and where metrics are on.
     attainment: SloAttainment | None = None
     slo_metrics: SloMetrics | None = None
@@ -128,6 +133,8 @@ class AresTokenizerManager(TokenizerManager):
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         """Upstream's; what cannot travel to all workers is refused."""
         self._refuse_what_cannot_travel(obj)
+        if isinstance(obj, UpdateWeightFromDiskReqInput):
+            self._updates_due = self.serving
         super()._dispatch_to_scheduler(obj)
 
     async def _async_dispatch_to_scheduler(self, obj: Any) -> None:
@@ -161,12 +168,27 @@ class AresTokenizerManager(TokenizerManager):
         """The controller says which workers serve. Control requests (flush, internal state, …)
         go to all of them and are complete with so many answers; one under way when a worker
         dies is not to wait for it."""
-        serving = sum(ranks.status)
+        self.serving = serving = sum(ranks.status)
         self._elsewhere = any(ranks.status[self.workers_here :])
         self.update_control_communicator_fan_out(serving)
         for communicator in vars(self).values():
             if isinstance(communicator, FanOutCommunicator):
                 _expect_at_most(communicator, serving)
+        self._updates_due = min(self._updates_due, serving)
+        self._end_weight_update()
+
+    def _handle_update_weights_from_disk_req_output(
+        self, recv_obj: UpdateWeightFromDiskReqOutput
+    ) -> None:
+        """Upstream waits for as many answers as there were workers at the start; for ever, and
+        with the model locked, where one has been lost since."""
+        self.model_update_tmp.append(recv_obj)
+        self._end_weight_update()
+
+    def _end_weight_update(self) -> None:
+        result, answers = self.model_update_result, self.model_update_tmp
+        if result is not None and not result.done() and 0 < self._updates_due <= len(answers):
+            result.set_result(answers)
 
 
 def _expect_at_most(communicator: Any, answers: int) -> None:
@@ -186,7 +208,7 @@ def init_ares_tokenizer_manager(server_args: ServerArgs, port_args: PortArgs) ->
     tokenizer_manager, template_manager = init_tokenizer_manager(
         server_args, port_args, AresTokenizerManager
     )
-    tokenizer_manager.workers_here = workers
+    tokenizer_manager.workers_here = tokenizer_manager.serving = workers
     tokenizer_manager.update_control_communicator_fan_out(workers)
     # Upstream's name for the number of schedulers that answer weight updates and load queries.
     tokenizer_manager.elastic_worker_count = workers
