@@ -231,6 +231,22 @@ def test_a_rid_that_no_message_could_carry_is_refused_by_the_front(start: str, b
     assert longest in front.rid_to_state
 
 
+@pytest.mark.parametrize(("text", "own"), [("y", 1), (["y", "z"], 2)])
+def test_rids_drawn_for_samples_leave_no_state_behind(
+    monkeypatch: pytest.MonkeyPatch, text: Any, own: int
+) -> None:
+    """Each sample of a request with ``n`` above 1 gets another rid; upstream would remember the
+    first ones for ever, and a server that is told to end would wait for them."""
+    front: Any = AresTokenizerManager.__new__(AresTokenizerManager)
+    front.rid_to_state, front.enable_trace = {}, False
+    front.disaggregation_mode = DisaggregationMode.NULL
+    request = GenerateReqInput(text=text, stream=True, sampling_params={"n": 3})
+    request.normalize_batch_and_arguments()
+    assert len(request.rid) > own
+    front._init_req_state(request)
+    assert list(front.rid_to_state) == request.rid[:own]
+
+
 # --- moves on command -----------------------------------------------------------------------
 
 

@@ -127,6 +127,10 @@ class AresTokenizerManager(TokenizerManager):
         if any(len(rid) > MAX_CLIENT_RID_CHARS for rid in rids):
             raise ValueError(f"the rid is longer than {MAX_CLIENT_RID_CHARS} characters")
         super()._init_req_state(obj, request)
+        # With n > 1 every sample gets a rid of its own later. Those drawn for them before bear no
+        # request that could end, and the server would wait for them when it is told to.
+        for rid in rids[getattr(obj, "batch_size", len(rids)) :]:
+            del self.rid_to_state[rid]
 
     # --- workers ----------------------------------------------------------------------------
 
